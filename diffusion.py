@@ -1,0 +1,173 @@
+"""The diffusion half of EncDiff: noise schedules, the forward process, the loss, samplers, and EMA.
+
+Implements DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and the cosine schedule (Nichol and Dhariwal
+2021), as latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. Nothing here
+knows about tokens or networks: wherever a network is needed, the caller passes a function
+`denoise(x_t, t) -> eps`, for example `lambda x, t: unet(x, t, tokens)`. Left out: learned variances
+and other prediction targets than eps, which EncDiff does not use.
+
+Exports: beta_schedule, Diffusion, ema_decay, update_ema.
+
+Letters (the papers'):  T steps, t in 0..T-1 (the papers count 1..T: our t is their t - 1), beta_t,
+alpha_t = 1 - beta_t, abar_t = product of alpha up to t, x_0 clean latent, x_t noisy latent, eps the
+noise in it.  Shapes: B batch, C channels, H, W height and width.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SCHEDULES = ("linear", "sqrt_linear", "sqrt", "cosine")
+
+
+def beta_schedule(name, steps=1000, first=0.0015, last=0.0155):
+    """The noise variances beta_t of one forward step.
+
+    name: "linear" (linear in sqrt(beta), the name latent diffusion gives it and EncDiff trains with),
+    "sqrt_linear" (linear in beta), "sqrt" (square root of the latter) or "cosine" (Nichol and Dhariwal
+    2021, equation 17; first and last are not used). Returns (T,) float64 in (0, 1). Raises ValueError.
+    """
+    if steps < 1:
+        raise ValueError(f"a noise schedule needs at least 1 step, not {steps}")
+    if name == "linear":
+        return torch.linspace(first ** 0.5, last ** 0.5, steps, dtype=torch.float64) ** 2
+    if name == "sqrt_linear":
+        return torch.linspace(first, last, steps, dtype=torch.float64)
+    if name == "sqrt":
+        return torch.linspace(first, last, steps, dtype=torch.float64) ** 0.5
+    if name == "cosine":
+        s = 0.008                                                   # keeps beta_0 away from zero
+        u = torch.arange(steps + 1, dtype=torch.float64) / steps
+        abar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2      # up to a factor that cancels below
+        return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+    raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+
+
+class Diffusion(nn.Module):
+    """Forward process, loss and samplers for one noise schedule.
+
+    A module only so that its tables move with .to(device); it has no parameters, and its buffers are
+    left out of checkpoints because `name` and `steps` rebuild them. Every table is computed in float64
+    and kept in float32.
+    """
+
+    def __init__(self, name="linear", steps=1000):
+        super().__init__()
+        beta = beta_schedule(name, steps)
+        alpha = 1 - beta
+        abar = alpha.cumprod(0)
+        abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        self.steps = steps
+        tables = {
+            # q(x_t | x_0)
+            "abar": abar,                                            # \bar\alpha_t
+            "sqrt_abar": abar.sqrt(),                                # \sqrt{\bar\alpha_t}
+            "sqrt_1m_abar": (1 - abar).sqrt(),                       # \sqrt{1 - \bar\alpha_t}
+            # q(x_{t-1} | x_t, x_0), DDPM equation 7
+            "posterior_x0": abar_prev.sqrt() * beta / (1 - abar),           # factor of x_0 in \tilde\mu_t
+            "posterior_xt": alpha.sqrt() * (1 - abar_prev) / (1 - abar),    # factor of x_t in \tilde\mu_t
+            "posterior_variance": beta * (1 - abar_prev) / (1 - abar),      # \tilde\beta_t
+        }
+        for symbol, table in tables.items():
+            self.register_buffer(symbol, table.float(), persistent=False)
+
+    # ---- forward process -------------------------------------------------------------------------
+
+    def q_sample(self, x_0, t, eps):
+        """A draw of q(x_t | x_0) (DDPM equation 4) with the given noise.
+
+        x_0: (B, C, H, W); t: (B,) int64 in 0..T-1; eps: like x_0, standard normal. Returns like x_0.
+        """
+        return at(self.sqrt_abar, t, x_0) * x_0 + at(self.sqrt_1m_abar, t, x_0) * eps
+
+    def predict_x0(self, x_t, t, eps):
+        """q_sample solved for x_0: the clean latent that the noise prediction eps implies."""
+        return (x_t - at(self.sqrt_1m_abar, t, x_t) * eps) / at(self.sqrt_abar, t, x_t)
+
+    def posterior(self, x_0, x_t, t):
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM equations 6, 7)."""
+        mean = at(self.posterior_x0, t, x_t) * x_0 + at(self.posterior_xt, t, x_t) * x_t
+        return mean, at(self.posterior_variance, t, x_t)
+
+    def loss(self, denoise, x_0, t, eps, kind="l1"):
+        """The simple loss (DDPM equation 14; EncDiff's only loss): how far the predicted noise is off.
+
+        denoise: (x_t, t) -> eps; t: (B,) in 0..T-1; kind: "l1" (as EncDiff's authors train) or "l2"
+        (the papers' formula). Returns a scalar.
+        """
+        predicted = denoise(self.q_sample(x_0, t, eps), t)
+        return F.l1_loss(predicted, eps) if kind == "l1" else F.mse_loss(predicted, eps)
+
+    # ---- samplers: x_T -> x_0, both are loops over one step ---------------------------------------
+
+    def ddpm_step(self, x_t, t, eps, noise):
+        """x_{t-1} by ancestral sampling (DDPM algorithm 2, line 4): posterior of the predicted x_0."""
+        mean, variance = self.posterior(self.predict_x0(x_t, t, eps), x_t, t)
+        return mean + variance.sqrt() * noise                       # the variance is 0 at t = 0
+
+    def ddim_step(self, x_t, t, t_next, eps, noise, eta):
+        """x at the lower level t_next (-1: clean) from x_t (DDIM equation 12; its sigma, equation 16).
+
+        t, t_next: (B,) int64, t_next < t. eta 0: no noise is added; 1: DDPM's variance.
+        """
+        abar = at(self.abar, t, x_t)                                            # (B, 1, 1, 1)
+        abar_next = torch.where(view(t_next, x_t) < 0, 1.0, at(self.abar, t_next.clamp(min=0), x_t))
+        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
+        towards_xt = (1 - abar_next - sigma ** 2).clamp(min=0).sqrt() * eps     # "direction pointing to x_t"
+        return abar_next.sqrt() * self.predict_x0(x_t, t, eps) + towards_xt + sigma * noise
+
+    @torch.no_grad()
+    def ddpm_sample(self, denoise, x_T, generator=None):
+        """All T steps of DDPM's algorithm 2. x_T: (B, C, H, W) standard normal. Returns x_0, like x_T."""
+        x = x_T
+        for step in reversed(range(self.steps)):
+            t = x.new_full((len(x),), step, dtype=torch.long)                   # (B,)
+            x = self.ddpm_step(x, t, denoise(x, t), normal_like(x, generator))
+        return x
+
+    @torch.no_grad()
+    def ddim_sample(self, denoise, x_T, steps=50, eta=0.0, generator=None):
+        """DDIM over `steps` of the T noise levels, evenly spaced. x_T: (B, C, H, W) standard normal.
+
+        eta: 0 (deterministic) to 1 (over all T levels: the same as ddpm_sample). Returns x_0, like x_T.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ValueError(f"DDIM can take 1 to {self.steps} steps of this schedule, not {steps}")
+        levels = torch.linspace(self.steps - 1, 0, steps).round().long().tolist()
+        x = x_T
+        for level, level_next in zip(levels, levels[1:] + [-1]):
+            t = x.new_full((len(x),), level, dtype=torch.long)                  # (B,)
+            t_next = torch.full_like(t, level_next)                             # (B,)
+            noise = normal_like(x, generator) if eta > 0 else torch.zeros_like(x)
+            x = self.ddim_step(x, t, t_next, denoise(x, t), noise, eta)
+        return x
+
+
+def view(values, like):
+    """(B,) -> (B, 1, 1, 1): as many trailing ones as `like` (B, ...) has further dimensions."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def at(table, t, like):
+    """The table's (T,) entries at t (B,), shaped to be multiplied with `like` (B, ...)."""
+    return view(table[t], like)
+
+
+def normal_like(x, generator=None):
+    """Standard normal noise of x's shape; `generator` must live on x's device."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def ema_decay(n, limit=0.9999):
+    """Decay of the exponential moving average at its n-th update: a short memory early, `limit` later."""
+    return min(limit, (1 + n) / (10 + n))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model for every parameter; buffers are copied. In place."""
+    averages, weights = list(ema.parameters()), list(model.parameters())
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)

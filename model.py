@@ -1,0 +1,235 @@
+"""The denoising U-Net of EncDiff: eps_theta(x_t, t, S), with the concept tokens S read by cross attention.
+
+Implements the U-Net of latent diffusion (Rombach et al. 2022, section 3.3) in the form EncDiff uses:
+residual blocks with scale-and-shift time conditioning, and transformer blocks (self attention, cross
+attention to the tokens, gated feed-forward) at the finer levels. The tokens enter through cross
+attention alone. With the defaults, the paper's Shapes3D setting, it has 37.47 M parameters.
+
+Read from top to bottom: time embedding, attention, transformer block, residual block, U-Net.
+Exports: UNet. Left out of the original: class labels, dropout, gradient checkpointing.
+
+Letters:  B batch, C channels, H, W height and width, L = H * W places, N concept tokens, D token
+dimension, h heads, d channels of a head, E width of the time embedding.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---- time -----------------------------------------------------------------------------------------
+
+def timestep_embedding(t, width):
+    """Sines and cosines of t at geometrically spaced frequencies (DDPM, appendix B).
+
+    t: (B,) int64 in 0..T-1. Returns (B, width) float32 in [-1, 1].
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)     # (width/2,)
+    angles = t[:, None].float() * frequencies                                           # (B, width/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)                               # (B, width)
+
+
+# ---- attention ------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head attention of places x to a sequence `source`: x itself, or the concept tokens.
+
+    softmax(Q K^T / sqrt(d)) V, Rombach et al. 2022, section 3.3.
+    """
+
+    def __init__(self, channels, source_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_kv = nn.Linear(source_dim, 2 * channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x, source, maps=None):
+        """x: (B, L, C); source: (B, M, source_dim), M = L (self) or N (cross). Returns (B, L, C).
+
+        maps: a list that receives the probabilities (B, h, L, M), or None.
+        """
+        q = self.split(self.to_q(x))                                                    # (B, h, L, d)
+        k, v = (self.split(part) for part in self.to_kv(source).chunk(2, dim=-1))       # (B, h, M, d)
+        if maps is None and x.is_cuda:                  # one kernel; on a CPU it is slower than the lines below
+            out = F.scaled_dot_product_attention(q, k, v)                               # (B, h, L, d)
+        else:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                    # (B, h, L, M)
+            probabilities = scores.softmax(dim=-1)                                      # (B, h, L, M)
+            out = probabilities @ v                                                     # (B, h, L, d)
+            if maps is not None:
+                maps.append(probabilities)
+        return self.to_out(out.transpose(1, 2).flatten(2))                              # (B, L, C)
+
+    def split(self, x):
+        """(B, M, h*d) -> (B, h, M, d)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU (Shazeer 2020): one half of a projection, times GELU of the other half, projected back."""
+
+    def __init__(self, channels, factor=4):
+        super().__init__()
+        self.project_in = nn.Linear(channels, 2 * factor * channels)
+        self.project_out = nn.Linear(factor * channels, channels)
+
+    def forward(self, x):
+        """x: (B, L, C). Returns (B, L, C)."""
+        value, gate = self.project_in(x).chunk(2, dim=-1)                               # (B, L, 4C) twice
+        return self.project_out(value * F.gelu(gate))                                   # (B, L, C)
+
+
+class TransformerBlock(nn.Module):
+    """Self attention, cross attention to the tokens, feed-forward, on the places of a feature map."""
+
+    def __init__(self, channels, token_dim, heads, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.project_in = nn.Conv2d(channels, channels, 1)
+        self.norm_self = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, channels, heads)
+        self.norm_cross = nn.LayerNorm(channels)
+        self.cross_attention = Attention(channels, token_dim, heads)
+        self.norm_feed_forward = nn.LayerNorm(channels)
+        self.feed_forward = GatedFeedForward(channels)
+        self.project_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, tokens, maps=None):
+        """x: (B, C, H, W); tokens: (B, N, D); maps: as in Attention. Returns (B, C, H, W)."""
+        H, W = x.shape[2:]
+        y = self.project_in(self.norm(x)).flatten(2).transpose(1, 2)                    # (B, L, C)
+        normed = self.norm_self(y)                                                      # (B, L, C)
+        y = y + self.self_attention(normed, normed)                                     # (B, L, C)
+        y = y + self.cross_attention(self.norm_cross(y), tokens, maps)                  # (B, L, C)
+        y = y + self.feed_forward(self.norm_feed_forward(y))                            # (B, L, C)
+        y = y.transpose(1, 2).unflatten(2, (H, W))                                      # (B, C, H, W)
+        return x + self.project_out(y)                                                  # (B, C, H, W)
+
+
+# ---- residual block -------------------------------------------------------------------------------
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a residual; the time embedding scales and shifts between them.
+
+    resample: "down" halves, "up" doubles height and width inside the block, None keeps them.
+    With `attention` (the keyword arguments of a TransformerBlock) a transformer block follows.
+    """
+
+    def __init__(self, channels_in, channels, embedding_dim, groups, resample=None, attention=None):
+        super().__init__()
+        self.resample = resample
+        self.norm_1 = nn.GroupNorm(groups, channels_in)
+        self.conv_1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.scale_and_shift = nn.Linear(embedding_dim, 2 * channels)
+        self.norm_2 = nn.GroupNorm(groups, channels)
+        self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels, 1) if channels != channels_in else nn.Identity()
+        self.transformer = TransformerBlock(channels, groups=groups, **attention) if attention else None
+
+    def forward(self, x, embedding, tokens, maps=None):
+        """x: (B, C_in, H, W); embedding: (B, E) after its SiLU; tokens: (B, N, D); maps: as in Attention.
+
+        Returns (B, C, H, W), with H and W halved or doubled where the block resamples.
+        """
+        y = self.resize(F.silu(self.norm_1(x)))                                         # (B, C_in, H', W')
+        y = self.conv_1(y)                                                              # (B, C, H', W')
+        scale, shift = self.scale_and_shift(embedding)[:, :, None, None].chunk(2, 1)    # (B, C, 1, 1) each
+        y = torch.addcmul(shift, self.norm_2(y), 1 + scale)                             # (B, C, H', W')
+        y = self.conv_2(F.silu(y))                                                      # (B, C, H', W')
+        y = self.skip(self.resize(x)) + y                                               # (B, C, H', W')
+        return y if self.transformer is None else self.transformer(y, tokens, maps)
+
+    def resize(self, x):
+        """Average of 2x2 places, or each place repeated 2x2."""
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+
+# ---- U-Net ----------------------------------------------------------------------------------------
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t, S): predicts the noise in the latent x_t from the concept tokens S.
+
+    channels * multipliers: width of each level, finest first; n_res_blocks a level on the way down, one
+    more on the way up; attention_levels: how many levels, counted from the finest, have transformer
+    blocks (the middle always has one). The defaults are the paper's. Raises ValueError when widths,
+    heads and groups do not fit together.
+    """
+
+    def __init__(self, in_channels=3, channels=64, multipliers=(1, 2, 4, 4), n_res_blocks=2,
+                 attention_levels=3, heads=8, token_dim=16, groups=32):
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        for width in widths:
+            if width % heads or width % groups:
+                raise ValueError(f"a U-Net level of width {width} cannot be divided into {heads} heads and "
+                                 f"{groups} groups: choose a width that both divide")
+        E = 4 * channels
+        self.time_mlp = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
+        attention = dict(token_dim=token_dim, heads=heads)
+
+        def block(c_in, c_out, resample=None, attend=False):
+            return ResBlock(c_in, c_out, E, groups, resample, attention if attend else None)
+
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, skips = channels, [channels]                             # width now; widths that wait for the way up
+        for level, width in enumerate(widths):
+            for _ in range(n_res_blocks):
+                self.down.append(block(c, width, attend=level < attention_levels))
+                c = width
+                skips.append(c)
+            if level < len(widths) - 1:
+                self.down.append(block(c, c, resample="down"))
+                skips.append(c)
+        self.middle = nn.ModuleList([block(c, c, attend=True), block(c, c)])
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(n_res_blocks + 1):
+                self.up.append(block(c + skips.pop(), width, attend=level < attention_levels))
+                c = width
+            if level > 0:
+                self.up.append(block(c, c, resample="up"))
+        self.norm_out = nn.GroupNorm(groups, c)
+        self.conv_out = nn.Conv2d(c, in_channels, 3, padding=1)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """PyTorch's defaults, but every branch and the output start at zero, as in latent diffusion.
+
+        Then each block is the identity (up to its skip convolution) at first and the loss starts at E|eps|.
+        """
+        nn.init.zeros_(self.conv_out.weight), nn.init.zeros_(self.conv_out.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv_2.weight), nn.init.zeros_(module.conv_2.bias)
+            if isinstance(module, TransformerBlock):
+                nn.init.zeros_(module.project_out.weight), nn.init.zeros_(module.project_out.bias)
+
+    def forward(self, x, t, tokens, maps=None):
+        """Predicts eps, (B, C, H, W) like x.
+
+        x: x_t, (B, C, H, W) float, H and W divisible by 2^(levels - 1); t: (B,) int64 in 0..T-1;
+        tokens: (B, N, D) float. maps: pass an empty list to get every cross-attention map, one
+        (B, h, L, N) tensor of probabilities per transformer block, in the order the blocks run
+        (the finest level first on the way down); L = H * W of that block's level.
+        """
+        embedding = timestep_embedding(t, self.conv_in.out_channels)                    # (B, C_0)
+        embedding = F.silu(self.time_mlp(embedding))                                    # (B, E)
+        y = self.conv_in(x)                                                             # (B, C_0, H, W)
+        skips = [y]
+        for block in self.down:
+            y = block(y, embedding, tokens, maps)                                       # (B, C_level, H', W')
+            skips.append(y)
+        for block in self.middle:
+            y = block(y, embedding, tokens, maps)                                       # coarsest level
+        for block in self.up:
+            if block.resample is None:
+                y = torch.cat([y, skips.pop()], dim=1)                                  # (B, C + C_skip, H', W')
+            y = block(y, embedding, tokens, maps)                                       # (B, C_level, H', W')
+        return self.conv_out(F.silu(self.norm_out(y)))                                  # (B, C, H, W)
