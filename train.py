@@ -1,0 +1,434 @@
+"""Trains EncDiff: first the autoencoder, then token encoder and diffusion U-Net together; then scores it.
+
+    python train.py                                  # built-in world, preset small
+    python train.py --preset tiny                    # two minutes: start here
+    python train.py --data shapes3d.h5               # the real file, nothing else changed
+    python train.py --preset paper --device cuda     # the sizes and constants of the paper
+    python train.py --resume --out runs/world-small-0
+
+Every field of Settings is a flag. A run folder holds settings.json, log.jsonl (one JSON object a line),
+vae.pt (first stage), model.pt (encoder, U-Net and its average), pictures (PNG) and scores.json.
+
+Exports: Settings, PRESETS, build_autoencoder, build_networks, main.
+Letters:  B batch, Z latent channels, h, w height and width of the latent, N tokens, D token dimension.
+"""
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import open_dataset
+from diffusion import SCHEDULES, Diffusion, ema_decay, update_ema
+from encoder import KINDS, ConceptEncoder
+from model import UNet
+from vae import Autoencoder
+
+
+# ---- settings -------------------------------------------------------------------------------------
+
+def setting(default, help, choices=None):
+    """One field of Settings: its default (preset small) and the text of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything a run depends on. The defaults are preset small; "paper:" gives the paper's value."""
+    preset: str = setting("small", "sizes and constants to start from", ("tiny", "small", "paper"))
+    # run
+    data: str = setting("", "a data file; empty: the built-in world")
+    out: str = setting("", "run folder; empty: runs/<data>-<preset>-<seed>")
+    seed: int = setting(0, "of weights, batches and noise")
+    device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
+    checkpoint_minutes: float = setting(2.0, "minutes between checkpoints")
+    # first stage
+    first_stage: str = setting("kl", "autoencoder with a Gaussian or a quantised latent (paper: vq)", ("kl", "vq"))
+    vae: str = setting("", "a run folder whose first stage is used instead of training one")
+    vae_channels: int = setting(32, "width of its finest level (paper: 32)")
+    vae_multipliers: tuple = setting((1, 2), "its levels' widths / vae-channels (paper: 1,2,4)")
+    vae_res_blocks: int = setting(1, "its residual blocks a level (paper: 2)")
+    vae_groups: int = setting(8, "groups of its group norms (paper: 32)")
+    patch: int = setting(4, "its pictures are first cut into patch x patch squares (paper: 1)")
+    latent_channels: int = setting(4, "numbers at each place of the latent, Z (paper: 3)")
+    codebook_size: int = setting(2048, "vectors in the codebook of vq (paper: 2048)")
+    vae_steps: int = setting(2000, "its training steps")
+    vae_batch_size: int = setting(64, "its images a step (paper: 128 x 2)")
+    vae_lr: float = setting(2e-3, "its highest learning rate (paper: 1.15e-3)")
+    # tokens
+    encoder: str = setting("scalar", "kind of concept tokens (paper: scalar)", KINDS)
+    tokens: int = setting(20, "concept tokens, N (paper: 20)")
+    token_dim: int = setting(16, "numbers in a token, D (paper: 16)")
+    encoder_width: int = setting(64, "channels of the encoder's trunk (paper: 128)")
+    encoder_strides: tuple = setting((4, 2, 2), "of its convolutions (paper: 2,2,2,2)")
+    # U-Net and diffusion
+    channels: int = setting(32, "width of the U-Net's finest level (paper: 64)")
+    multipliers: tuple = setting((1, 2, 4), "its levels' widths / channels (paper: 1,2,4,4)")
+    res_blocks: int = setting(1, "its residual blocks a level (paper: 2)")
+    attention_levels: int = setting(3, "its levels with transformer blocks, from the finest (paper: 3)")
+    heads: int = setting(4, "attention heads, h (paper: 8)")
+    groups: int = setting(8, "groups of its group norms (paper: 32)")
+    schedule: str = setting("linear", "noise schedule, beta_t (paper: linear)", SCHEDULES)
+    loss: str = setting("l1", "of the predicted noise (paper's code: l1)", ("l1", "l2"))
+    # optimisation
+    steps: int = setting(12000, "training steps of tokens and U-Net (paper: not given)")
+    batch_size: int = setting(128, "images a step, B (paper: 128)")
+    lr: float = setting(1e-3, "highest learning rate (paper: 2.56e-4)")
+    warmup: int = setting(300, "steps of linear warm-up (paper: 10000)")
+    decay: str = setting("cosine", "learning rate after warm-up (paper: none)", ("cosine", "none"))
+    clip: float = setting(1.0, "largest norm of the gradient; 0: any (paper: 0)")
+    ema: float = setting(0.999, "limit of the U-Net average's decay (paper: 0.9999)")
+    score_images: int = setting(0, "images that are encoded for the scores, drawn at random; 0: all (paper: all)")
+
+
+PRESETS = {
+    "small": {},
+    "tiny": dict(vae_steps=250, steps=600, batch_size=64, warmup=100, score_images=30000),
+    "paper": dict(first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32, patch=1,
+                  latent_channels=3, vae_batch_size=256, vae_lr=1.15e-3, vae_steps=10000, encoder_width=128,
+                  encoder_strides=(2, 2, 2, 2), channels=64, multipliers=(1, 2, 4, 4), res_blocks=2, heads=8,
+                  groups=32, steps=37500, batch_size=128, lr=2.56e-4, warmup=10000, decay="none", clip=0.0,
+                  ema=0.9999),
+}
+MAY_CHANGE = ("out", "device", "steps", "checkpoint_minutes", "score_images")     # when a run is resumed
+
+
+def parse(argv):
+    """argv -> (Settings, resume, names of the flags given). Wrong flags end the program, as argparse does."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out (or the default folder)")
+    for field in dataclasses.fields(Settings):
+        kind = type(field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), choices=field.metadata["choices"],
+                            type=int_tuple if kind is tuple else kind,
+                            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+                            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume", False)
+    return Settings(**{**PRESETS[given.get("preset", "small")], **given}), resume, given
+
+
+def int_tuple(text):
+    """'1,2,4' -> (1, 2, 4)"""
+    return tuple(int(part) for part in text.split(","))
+
+
+def check(s):
+    """ValueError with one sentence when a setting is impossible by itself."""
+    for name in ("tokens", "token_dim", "channels", "heads", "groups", "res_blocks", "batch_size", "vae_batch_size",
+                 "vae_channels", "vae_res_blocks", "vae_groups", "patch", "latent_channels", "codebook_size",
+                 "encoder_width", "steps", "vae_steps", "lr", "vae_lr"):
+        if not getattr(s, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(s, name)}")
+    for name in ("warmup", "attention_levels", "clip", "checkpoint_minutes", "score_images", "seed"):
+        if not getattr(s, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(s, name)}")
+    if not 0 <= s.ema < 1:
+        raise ValueError(f"--ema must be at least 0 and less than 1, not {s.ema}")
+    if min(s.multipliers + s.vae_multipliers + s.encoder_strides) < 1:
+        raise ValueError("multipliers and strides must be at least 1 each")
+    factor = s.patch * 2 ** (len(s.vae_multipliers) - 1)
+    if 64 % factor or (64 // factor) % 2 ** (len(s.multipliers) - 1):
+        raise ValueError(f"64-pixel pictures give {64 / factor:g}-pixel latents, which the U-Net's "
+                         f"{len(s.multipliers)} levels cannot halve: choose fewer --multipliers or a smaller --patch")
+
+
+# ---- parts ----------------------------------------------------------------------------------------
+
+def build_autoencoder(s):
+    """The first stage that Settings s describe."""
+    return Autoencoder(s.first_stage, s.vae_channels, s.vae_multipliers, s.vae_res_blocks, s.latent_channels, s.patch,
+                       s.vae_groups, s.codebook_size)
+
+
+def build_networks(s):
+    """Token encoder and U-Net; N and D reach both from the same two settings."""
+    encoder = ConceptEncoder(s.encoder, s.tokens, s.token_dim, s.encoder_width, s.encoder_strides)
+    unet = UNet(s.latent_channels, s.channels, s.multipliers, s.res_blocks, s.attention_levels, s.heads, s.token_dim,
+                s.groups)
+    return encoder, unet
+
+
+def choose_device(name):
+    """"auto" or a name -> torch.device; ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try cpu") from None
+    return torch.device(name)
+
+
+def learning_rate(step, steps, peak, warmup, decay):
+    """Linear warm-up to `peak` over `warmup` steps, then constant ("none") or a cosine down to 0 at `steps`."""
+    rate = peak * min(1.0, (step + 1) / max(1, warmup))
+    return rate * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))) if decay == "cosine" else rate
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------
+
+def save(path, parts):
+    """Writes a dict of plain types and tensors; the old file stays whole until the new one is."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(parts, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                        # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is unharmed; "
+                      "make room and continue with --resume") from None
+
+
+def load(path):
+    """A checkpoint as save wrote it, on the CPU. OSError or ValueError with one sentence."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: the folder holds no such checkpoint") from None
+    except Exception as error:                                      # torch raises many kinds for a damaged file
+        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def random_state(device):
+    """State of the generators that training draws from, as plain tensors."""
+    return {"cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_random_state(state, device):
+    """Puts back what random_state gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class Log:
+    """The run's log.jsonl and the progress bar of one stage; writes a checkpoint every few minutes."""
+
+    def __init__(self, out, stage, first_step, steps, batch_size, minutes):
+        self.path, self.stage, self.batch_size = out / "log.jsonl", stage, batch_size
+        self.minutes, self.saved = minutes, time.monotonic()
+        kept = [line for line in self.lines() if not (line["stage"] == stage and line["step"] > first_step)]
+        self.seconds = max([line["seconds"] for line in kept if line["stage"] == stage], default=0.0)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.started = time.monotonic() - self.seconds
+        self.bar = tqdm(total=steps, initial=first_step, desc=stage, unit="step", mininterval=1.0)
+
+    def lines(self):
+        """What earlier parts of the run logged."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+
+    def write(self, step, loss, gradient_norm):
+        """Logs one step (numbers as floats); ValueError when training has broken down."""
+        if not math.isfinite(loss + gradient_norm):
+            raise ValueError(f"the {self.stage} loss is not a finite number at step {step}: training stopped, the last "
+                             "checkpoint is kept; start again with a lower learning rate")
+        self.seconds = time.monotonic() - self.started
+        line = {"stage": self.stage, "step": step, "loss": round(loss, 6), "seconds": round(self.seconds, 2)}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {step * self.batch_size / self.seconds:.0f} images/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def due(self):
+        """Whether it is time for a checkpoint."""
+        return time.monotonic() - self.saved >= 60 * self.minutes
+
+
+# ---- the two stages -------------------------------------------------------------------------------
+
+LOG_EVERY = 50                                                      # steps between two lines of the log
+
+
+def train_first_stage(s, ds, out, device):
+    """Trains the autoencoder on L1 + KL or codebook (Rombach et al. 2022, section 3.1). Returns it, frozen."""
+    torch.manual_seed(s.seed)
+    vae = build_autoencoder(s).to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, betas=(0.5, 0.9), fused=device.type in ("cpu", "cuda"))
+    step = 0
+    if (out / "vae.pt").exists():
+        saved = load(out / "vae.pt")
+        vae.load_state_dict(saved["vae"])
+        if saved["step"] >= s.vae_steps:
+            return vae.eval().requires_grad_(False)
+        optimizer.load_state_dict(saved["optimizer"])
+        set_random_state(saved["random"], device)
+        step = saved["step"]
+    log = Log(out, "vae", step, s.vae_steps, s.vae_batch_size, s.checkpoint_minutes)
+    while step < s.vae_steps:
+        images = ds.images(torch.randint(len(ds), (s.vae_batch_size,))).to(device)      # (B, 3, 64, 64)
+        if step == 0 and s.first_stage == "vq":
+            vae.codebook.start_from(vae.encode(images))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, s.vae_steps, s.vae_lr, 100, s.decay)
+        loss, l1 = vae.loss(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % LOG_EVERY == 0 or step == s.vae_steps:
+            log.write(step, l1.item(), loss.item())
+            if step == s.vae_steps:
+                vae.eval().set_scale(ds.images(torch.randint(len(ds), (1024,))).to(device))
+            if step == s.vae_steps or log.due():
+                save(out / "vae.pt", dict(settings=dataclasses.asdict(s), step=step, vae=vae.state_dict(),
+                                          optimizer=optimizer.state_dict(), random=random_state(device)))
+                log.saved = time.monotonic()
+    log.bar.close()
+    return vae.requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_all(vae, ds, device, batch_size=256):
+    """x_0 of every image, (n, Z, h, w) float16 on the CPU: the frozen first stage runs once, not every step."""
+    latents = None
+    for start in tqdm(range(0, len(ds), batch_size), desc="latents", unit="batch", mininterval=1.0):
+        index = torch.arange(start, min(start + batch_size, len(ds)))
+        x_0 = vae.encode(ds.images(index).to(device))                                   # (B, Z, h, w)
+        if latents is None:
+            latents = torch.empty(len(ds), *x_0.shape[1:], dtype=torch.float16)
+        latents[start:start + len(x_0)] = x_0.cpu()
+    return latents
+
+
+def train_tokens(s, ds, vae, out, device):
+    """Trains token encoder and U-Net on the noise-prediction loss alone (EncDiff, method section)."""
+    torch.manual_seed(s.seed + 1)
+    diffusion = Diffusion(s.schedule).to(device)
+    encoder, unet = (part.to(device, memory_format=torch.channels_last) for part in build_networks(s))
+    ema = copy.deepcopy(unet).requires_grad_(False)                 # of the U-Net alone, as in the official code
+    parameters = [*encoder.parameters(), *unet.parameters()]
+    optimizer = torch.optim.AdamW(parameters, s.lr, fused=device.type in ("cpu", "cuda"))
+    step = 0
+    if (out / "model.pt").exists():
+        saved = load(out / "model.pt")
+        encoder.load_state_dict(saved["encoder"]), unet.load_state_dict(saved["unet"])
+        ema.load_state_dict(saved["ema"]), optimizer.load_state_dict(saved["optimizer"])
+        set_random_state(saved["random"], device)
+        step = saved["step"]
+    if step >= s.steps:
+        return
+    latents = encode_all(vae, ds, device)
+    log = Log(out, "tokens", step, s.steps, s.batch_size, s.checkpoint_minutes)
+    while step < s.steps:
+        # data
+        index = torch.randint(len(ds), (s.batch_size,))                                 # (B,)
+        images = ds.images(index).to(device)                                            # (B, 3, 64, 64)
+        x_0 = latents[index].to(device).float()                                         # (B, Z, h, w)
+        # tokens
+        tokens = encoder(images)                                                        # (B, N, D)
+        # noise
+        t = torch.randint(diffusion.steps, (len(x_0),), device=device)                  # (B,)
+        eps = torch.randn_like(x_0)                                                     # (B, Z, h, w)
+        # loss
+        loss = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss)
+        # step
+        optimizer.param_groups[0]["lr"] = learning_rate(step, s.steps, s.lr, s.warmup, s.decay)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
+        optimizer.step()
+        step += 1
+        # average
+        update_ema(ema, unet, ema_decay(step, s.ema))
+        # log
+        if step % LOG_EVERY == 0 or step == s.steps:
+            log.write(step, loss.item(), norm.item())
+            if step == s.steps or log.due():
+                save(out / "model.pt", dict(settings=dataclasses.asdict(s), step=step, encoder=encoder.state_dict(),
+                                            unet=unet.state_dict(), ema=ema.state_dict(),
+                                            optimizer=optimizer.state_dict(), random=random_state(device)))
+                log.saved = time.monotonic()
+    log.bar.close()
+
+
+# ---- the run --------------------------------------------------------------------------------------
+
+FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
+               "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr")
+
+
+def read_settings(out):
+    """The Settings of a run folder; OSError or ValueError with one sentence."""
+    file = Path(out) / "settings.json"
+    try:
+        saved = json.loads(file.read_text())
+        return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{out} holds no run: there is no settings.json in it") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as this version's settings ({error})") from None
+
+
+def write_settings(s, out):
+    """Makes the run folder and writes settings.json into it."""
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "settings.tmp"
+    temporary.write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n")
+    os.replace(temporary, out / "settings.json")
+
+
+def settle(s, resume, given):
+    """Checks the run folder against the flags; returns the Settings to train with. Reads only."""
+    out = Path(s.out or f"runs/{Path(s.data).stem or 'world'}-{s.preset}-{s.seed}")
+    s = dataclasses.replace(s, out=str(out))
+    if resume:
+        old = read_settings(out)
+        changed = [name for name in given if name not in MAY_CHANGE and getattr(s, name) != getattr(old, name)]
+        if changed:
+            raise ValueError("--resume with other settings than the run was started with: " + ", ".join(
+                f"--{name.replace('_', '-')} was {getattr(old, name)}, not {getattr(s, name)}" for name in changed))
+        return dataclasses.replace(old, out=str(out), **{k: given[k] for k in MAY_CHANGE if k in given and k != "out"})
+    if (out / "settings.json").exists():
+        raise ValueError(f"{out} already holds a run: choose another folder with --out, continue it with --resume, "
+                         f"or score it with python evaluate.py {out}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no run of this program: name another folder with --out")
+    if s.vae:
+        other = read_settings(s.vae)
+        if (other.data, other.first_stage) != (s.data, s.first_stage):
+            raise ValueError(f"--vae {s.vae}: its first stage is {other.first_stage} on {other.data or 'the built-in world'},"
+                             f" this run wants {s.first_stage} on {s.data or 'the built-in world'}")
+        s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})
+    return s
+
+
+def main(argv=None):
+    """Trains and scores one run; returns its folder. Raises ValueError or OSError with one clear sentence."""
+    s, resume, given = parse(argv)
+    s = settle(s, resume, given)
+    check(s)
+    device = choose_device(s.device)
+    parts = [build_autoencoder(s), *build_networks(s)]              # fails before anything is written
+    ds, out = open_dataset(s.data or None), Path(s.out)
+    borrowed = load(Path(s.vae) / "vae.pt") if s.vae and not (out / "vae.pt").exists() else None
+    write_settings(s, out)
+    if borrowed:
+        save(out / "vae.pt", borrowed)
+    print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
+    for name, part in zip(("autoencoder", "token encoder", "U-Net"), parts):
+        print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
+    vae = train_first_stage(s, ds, out, device)
+    print(f"latent: {64 // vae.factor}x{64 // vae.factor}x{s.latent_channels}, scaled by {vae.scale.item():.4f}")
+    train_tokens(s, ds, vae, out, device)
+    import evaluate                                                 # here, because evaluate.py imports this file
+    evaluate.main([str(out)])
+    return out
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
