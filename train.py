@@ -403,6 +403,12 @@ def settle(s, resume, given):
     return s
 
 
+def score_run(out):
+    """Scores and pictures of a finished run, as `python evaluate.py RUN` gives them."""
+    import evaluate                                                 # here, because evaluate.py imports this file
+    evaluate.main([str(out)])
+
+
 def main(argv=None):
     """Trains and scores one run; returns its folder. Raises ValueError or OSError with one clear sentence."""
     s, resume, given = parse(argv)
@@ -421,8 +427,7 @@ def main(argv=None):
     vae = train_first_stage(s, ds, out, device)
     print(f"latent: {64 // vae.factor}x{64 // vae.factor}x{s.latent_channels}, scaled by {vae.scale.item():.4f}")
     train_tokens(s, ds, vae, out, device)
-    import evaluate                                                 # here, because evaluate.py imports this file
-    evaluate.main([str(out)])
+    score_run(out)
     return out
 
 

@@ -1,0 +1,238 @@
+"""train.py from flags to run folder: a few steps, resuming bit for bit, and failing well."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from train import Log, Settings, learning_rate, load, parse, save
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--vae-steps 12 --steps 30 --batch-size 8 --vae-batch-size 8 --channels 8 --multipliers 1,2 --heads 2 "
+         "--groups 4 --vae-channels 8 --vae-groups 4 --encoder-width 8 --tokens 5 --token-dim 6 --latent-channels 3 "
+         "--attention-levels 2 --checkpoint-minutes 0 --device cpu").split()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Latents of few images, a log line every 4 steps, no scores: what is tested here is training."""
+    monkeypatch.setattr(train, "LOG_EVERY", 4)
+    monkeypatch.setattr(train, "open_dataset", lambda path=None: Few())
+    monkeypatch.setattr(train, "score_run", lambda out: None)
+
+
+class Few:
+    """A data set of 40 random pictures."""
+    name = "few"
+
+    def __len__(self):
+        return 40
+
+    def images(self, index):
+        x = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return x[torch.as_tensor(index)]
+
+
+def weights(out):
+    saved = load(Path(out) / "model.pt")
+    return {f"{part}.{name}": value for part in ("encoder", "unet", "ema") for name, value in saved[part].items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_writes_what_it_says(quick, tmp_path):
+    out = train.main([*SMALL, "--out", str(tmp_path / "run")])
+    assert {p.name for p in out.iterdir()} == {"settings.json", "log.jsonl", "vae.pt", "model.pt"}
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "tokens"] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert all(math.isfinite(line["loss"]) and line["seconds"] >= 0 for line in lines)
+    for name in ("vae.pt", "model.pt"):
+        saved = torch.load(out / name, weights_only=True)
+        assert saved["settings"]["tokens"] == 5 and saved["step"] in (12, 30)
+    assert train.read_settings(out).token_dim == 6
+    vae = train.build_autoencoder(train.read_settings(out))
+    vae.load_state_dict(load(out / "vae.pt")["vae"])
+    assert abs(vae.encode(Few().images(range(40))).std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("flags", ["--encoder vector", "--encoder slot", "--first-stage vq", "--loss l2 --decay none",
+                                   "--schedule cosine --clip 0"])
+def test_every_alternative_trains(quick, tmp_path, flags):
+    out = train.main([*SMALL, *flags.split(), "--steps", "4", "--out", str(tmp_path / "run")])
+    assert load(out / "model.pt")["step"] == 4
+
+
+def test_training_lowers_the_loss(quick, tmp_path):
+    out = train.main([*SMALL, "--steps", "400", "--lr", "3e-3", "--warmup", "20", "--out", str(tmp_path / "run")])
+    loss = [x["loss"] for x in map(json.loads, open(out / "log.jsonl")) if x["stage"] == "tokens"]
+    assert sum(loss[-10:]) < 0.9 * sum(loss[:10])
+
+
+@pytest.mark.parametrize("stage, at", [("vae", 7), ("tokens", 17)])
+def test_a_stopped_run_resumes_bit_for_bit(quick, tmp_path, monkeypatch, stage, at):
+    whole = train.main([*SMALL, "--out", str(tmp_path / "whole")])
+    calls, rate = [], train.learning_rate
+
+    def stop(step, steps, *rest):
+        calls.append(step)
+        if steps == (12 if stage == "vae" else 30) and step == at:
+            raise KeyboardInterrupt
+        return rate(step, steps, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*SMALL, "--out", str(tmp_path / "stopped")])
+    monkeypatch.setattr(train, "learning_rate", rate)
+    torch.manual_seed(99)                                           # whatever happened since
+    resumed = train.main(["--resume", "--out", str(tmp_path / "stopped")])
+    assert same(weights(whole), weights(resumed))
+    strip = [[{k: line[k] for k in ("stage", "step", "loss")} for line in map(json.loads, open(out / "log.jsonl"))]
+             for out in (whole, resumed)]
+    assert strip[0] == strip[1]
+
+
+def test_kill_9_and_resume(tmp_path):
+    """The same with a real process that is killed at some moment after its first checkpoint."""
+    code = ("import sys; sys.path[:0] = [{root!r}, {tests!r}]; import train, test_train; train.LOG_EVERY = 3; "
+            "train.open_dataset = lambda path=None: test_train.Few(); train.score_run = lambda out: None; "
+            "train.main(sys.argv[1:])").format(root=str(ROOT), tests=str(ROOT / "tests"))
+
+    def start(*flags):
+        return subprocess.Popen([sys.executable, "-c", code, *flags], stderr=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL)
+
+    flags = [*SMALL, "--steps", "90"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(*flags, "--out", str(whole)).wait() == 0
+    process = start(*flags, "--out", str(killed))
+    while not (killed / "model.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert load(killed / "model.pt")["step"] < 90
+    assert start("--resume", "--out", str(killed)).wait() == 0
+    assert same(weights(whole), weights(killed))
+
+
+def test_resume_may_go_on_longer_but_not_differ(quick, tmp_path):
+    out = str(tmp_path / "run")
+    train.main([*SMALL, "--out", out])
+    train.main(["--resume", "--out", out, "--steps", "35"])
+    assert load(tmp_path / "run" / "model.pt")["step"] == 35
+    with pytest.raises(ValueError, match="--lr was 0.001, not 0.5"):
+        train.main(["--resume", "--out", out, "--lr", "0.5"])
+
+
+def test_nothing_is_overwritten(quick, tmp_path):
+    out = str(tmp_path / "run")
+    train.main([*SMALL, "--out", out])
+    before = weights(out)
+    with pytest.raises(ValueError, match="--out.*--resume.*evaluate.py"):
+        train.main([*SMALL, "--out", out])
+    assert same(before, weights(out))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("important")
+    with pytest.raises(ValueError, match="holds no run"):
+        train.main([*SMALL, "--out", str(tmp_path / "mine")])
+    with pytest.raises(FileNotFoundError, match="no run"):
+        train.main(["--resume", "--out", str(tmp_path / "nowhere")])
+
+
+def test_first_stage_of_another_run(quick, tmp_path):
+    first = train.main([*SMALL, "--out", str(tmp_path / "first")])
+    second = train.main([*SMALL, "--seed", "1", "--vae", str(first), "--out", str(tmp_path / "second")])
+    assert same(load(first / "vae.pt")["vae"], load(second / "vae.pt")["vae"])
+    assert not same(weights(first), weights(second))
+    with pytest.raises(ValueError, match="kl.*wants vq"):
+        train.main([*SMALL, "--first-stage", "vq", "--vae", str(first), "--out", str(tmp_path / "third")])
+    with pytest.raises(ValueError, match="built-in world.*wants kl on other.h5"):
+        train.main([*SMALL, "--data", "other.h5", "--vae", str(first), "--out", str(tmp_path / "third")])
+    assert not (tmp_path / "third").exists()
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(quick, tmp_path, monkeypatch):
+    real, calls = train.Diffusion.loss, []
+
+    def loss(self, *args):
+        calls.append(1)
+        return real(self, *args) * (math.nan if len(calls) > 14 else 1)
+
+    monkeypatch.setattr(train.Diffusion, "loss", loss)
+    with pytest.raises(ValueError, match="not a finite number at step 16"):
+        train.main([*SMALL, "--out", str(tmp_path / "run")])
+    saved = load(tmp_path / "run" / "model.pt")
+    assert saved["step"] == 12 and all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    save(path, {"step": 1})
+
+    def full(parts, file):
+        Path(file).write_bytes(b"half a checkpo")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="could not write.*--resume"):
+        save(path, {"step": 2})
+    assert load(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_damaged_and_missing_checkpoints(tmp_path):
+    with pytest.raises(OSError, match="missing"):
+        load(tmp_path / "model.pt")
+    save(tmp_path / "model.pt", {"x": torch.zeros(1000)})
+    whole = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("flags, word", [("--tokens 0", "--tokens"), ("--steps -3", "--steps"), ("--heads 3", "3 heads"),
+                                         ("--lr 0", "--lr"), ("--patch 3", "3"), ("--ema 1", "--ema"),
+                                         ("--device quantum", "quantum"), ("--multipliers 1,2,2,2,2", "5 levels"),
+                                         ("--lr nan", "--lr"), ("--encoder-strides 3,2", "strides")])
+def test_impossible_values_write_nothing(quick, tmp_path, flags, word):
+    with pytest.raises(ValueError, match=word):
+        train.main([*SMALL, *flags.split(), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", ["--tokns 4", "--steps many", "--encoder scalars", "--data missing.h5",
+                                   "--multipliers 1,x"])
+def test_command_line_ends_with_2_and_no_traceback(tmp_path, flags):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags.split(), "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_are_the_fields_and_presets_can_be_changed():
+    s, resume, given = parse("--preset paper --tokens 10 --multipliers 1,2".split())
+    assert s.tokens == 10 and s.multipliers == (1, 2) and s.channels == 64 and s.lr == 2.56e-4
+    assert not resume and set(given) == {"preset", "tokens", "multipliers"}
+    assert parse([])[0] == Settings()
+
+
+def test_learning_rate():
+    assert learning_rate(0, 100, 2.0, 10, "none") == 0.2
+    assert learning_rate(50, 100, 2.0, 10, "none") == 2.0
+    assert abs(learning_rate(50, 100, 2.0, 10, "cosine") - 1.0) < 1e-12
+    assert learning_rate(100, 100, 2.0, 10, "cosine") < 1e-12
+
+
+def test_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
+    log = Log(tmp_path, "tokens", 0, 20, 4, 1.0)
+    log.write(5, 0.5, 1.0), log.write(10, 0.4, 1.0)
+    log = Log(tmp_path, "tokens", 5, 20, 4, 1.0)
+    assert [line["step"] for line in log.lines()] == [5]
+    with pytest.raises(ValueError, match="step 15"):
+        log.write(15, math.inf, 1.0)
