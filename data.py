@@ -35,7 +35,7 @@ SIDE = 64                                                           # pixels
 class Dataset:
     """Images that are all combinations of some factors, in mixed-radix order: the last factor varies fastest.
 
-    A data set gives `pixels(index)` and these attributes: name (for folders and tables), factor_names and
+    A data set gives `pixels(index)` and these attributes: name (for tables), factor_names and
     factor_sizes (tuples of K), image_size (pixels a side). Indices and factors may be lists, arrays or
     tensors; tensors come out.
     """
@@ -212,7 +212,7 @@ class World(Dataset):
     """
 
     def __init__(self):
-        super().__init__("world", FACTOR_NAMES, FACTOR_SIZES)
+        super().__init__("built-in world", FACTOR_NAMES, FACTOR_SIZES)
         shape = FACTOR_SIZES[3:]
         self.weights = torch.empty(int(np.prod(shape)), SIDE ** 2, 4)                   # (G, H*W, 4)
         for k, degrees in enumerate(FACTOR_VALUES[5]):
@@ -236,6 +236,7 @@ class World(Dataset):
 # ---- DeepMind's file ------------------------------------------------------------------------------
 
 SLAB = 128 * 2 ** 20                                                # bytes of pixels held in memory at a time
+SOURCE = "rendered by this EncDiff implementation's data.py; not DeepMind's 3D Shapes"      # a file's attribute
 
 
 def rows_at_a_time(images):
@@ -325,7 +326,7 @@ class HDF5(Dataset):
                 raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels: this is not 3dshapes.h5's layout")
             sizes = factor_sizes_of(labels[:], path)
             names = FACTOR_NAMES if len(sizes) == 6 else [f"factor_{k}" for k in range(len(sizes))]
-            super().__init__("shapes3d", names, sizes)
+            super().__init__("built-in world" if file.attrs.get("source") == SOURCE else "Shapes3D", names, sizes)
             stat, folder = path.stat(), Path(cache or path.parent)
             copy = folder / f"{path.name}.{stat.st_size:x}-{stat.st_mtime_ns:x}.npy"
             if not copy.exists():
@@ -358,7 +359,7 @@ def write_world(path):
     world = World()
     try:
         with h5py.File(temporary, "w") as file:
-            file.attrs["source"] = "rendered by this EncDiff implementation's data.py; not DeepMind's 3D Shapes"
+            file.attrs["source"] = SOURCE
             images = file.create_dataset("images", (len(world), SIDE, SIDE, 3), np.uint8, chunks=True,
                                          compression="gzip", compression_opts=1)
             rows = rows_at_a_time(images)

@@ -13,16 +13,24 @@ Letters:  n points (images), N codes, K factors, C classes (values of one factor
 M nodes of a tree's level, B batch, D token dimension, Z, h, w the latent's channels and sides.
 """
 import argparse
+import dataclasses
 import json
+import math
 import os
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+import train
+from data import open_dataset
+from diffusion import Diffusion
 
 
 # ---- checks ---------------------------------------------------------------------------------------
@@ -46,7 +54,7 @@ def checked(z, y, points=1):
 def entropy(p, base):
     """Entropy of the rows of p (rows, columns), each first divided by its sum, in this base. (rows,)"""
     p = p / p.sum(1, keepdims=True)
-    return -(p * np.log(p)).sum(1) / np.log(base)
+    return -(p * np.log(np.maximum(p, 1e-300))).sum(1) / np.log(base)                   # 0 log 0 = 0
 
 
 # ---- DCI: gradient-boosted trees ------------------------------------------------------------------
@@ -86,23 +94,27 @@ class Bins:
         return sums.view(-1, self.V, table.shape[1])
 
 
-def best_splits(bins, residual, node, M):
-    """The best split of each of M nodes of C trees: the largest decrease of squared error (Friedman 2001).
+def best_splits(bins, residual, node, parents):
+    """The best split of every node of one level of C trees: the largest decrease of squared error (Friedman 2001).
 
-    residual, node: (n, C), the trees' targets and the node 0..M-1 each point is in. Returns, each (M, C),
-    the decrease (0: nothing to split), the code and the bin up to which points go left.
+    residual, node: (n, C), the trees' targets and the node 0..M-1 each point is in. parents: the third value
+    returned for the level above, None at the top. Only left children are summed, their siblings are what is
+    left of the parent. Returns the decrease (M, C) (0: nothing to split), the code and the bin up to which
+    points go left, as a pair of (M, C), and the cumulative sums (N, V, 2, M, C).
     """
     n, C = residual.shape
-    inside = (node[:, None, :] == torch.arange(M)[:, None]).float()                     # (n, M, C)
-    table = torch.cat([residual[:, None, :] * inside, inside], dim=1)                   # (n, 2M, C)
-    left = bins.histogram(table.view(n, -1)).cumsum(1).view(-1, bins.V, 2, M, C)        # (N, V, 2, M, C)
-    right = left[:, -1:] - left
-    (sum_l, n_l), (sum_r, n_r) = left.unbind(2), right.unbind(2)                        # (N, V, M, C) each
-    total = left[0, -1]                                                                 # (2, M, C)
-    decrease = sum_l ** 2 / n_l + sum_r ** 2 / n_r - total[0] ** 2 / total[1]
-    decrease = decrease.masked_fill((n_l < 0.5) | (n_r < 0.5), 0)                       # one side empty: no split
-    best, place = decrease.flatten(0, 1).clamp(min=0).max(0)                            # (M, C); first code wins
-    return best, place // bins.V, torch.where(best > 1e-9, place % bins.V, bins.V)
+    lefts = 1 if parents is None else parents.shape[3]
+    inside = (node[:, None, :] == 2 * torch.arange(lefts)[:, None]).float()             # (n, M/2, C)
+    table = torch.stack([residual[:, None, :] * inside, inside], dim=1)                 # (n, 2, M/2, C)
+    below = bins.histogram(table.view(n, -1)).cumsum(1).view(-1, bins.V, 2, lefts, C)   # (N, V, 2, M/2, C)
+    if parents is not None:
+        below = torch.stack([below, parents - below], dim=4).flatten(3, 4)              # (N, V, 2, M, C)
+    total = below[0, -1]                                                                # (2, M, C)
+    (sum_l, n_l), (sum_r, n_r) = below.unbind(2), (total - below).unbind(2)             # (N, V, M, C) each
+    decrease = sum_l ** 2 / n_l + sum_r ** 2 / n_r                                      # nan where a side is empty
+    decrease = (decrease - total[0] ** 2 / total[1]).nan_to_num(0, 0, 0).clamp(min=0)
+    best, place = decrease.flatten(0, 1).max(0)                                         # (M, C); first code wins
+    return best, (place // bins.V, torch.where(best > 1e-9, place % bins.V, bins.V)), below
 
 
 def boost(bins, test_index, y, C, rounds=100, depth=3, rate=0.1):
@@ -126,8 +138,9 @@ def boost(bins, test_index, y, C, rounds=100, depth=3, rate=0.1):
         p = scores[0].softmax(1) if C > 2 else scores[0].sigmoid()                      # (n, C)
         residual = one_hot - p                                                          # minus the loss's gradient
         nodes = [torch.zeros_like(s, dtype=torch.int64) for s in scores]
-        for level in range(depth):
-            decrease, code, threshold = best_splits(bins, residual, nodes[0], 2 ** level)       # (M, C) each
+        sums = None
+        for _ in range(depth):
+            decrease, (code, threshold), sums = best_splits(bins, residual, nodes[0], sums)     # (M, C) each
             importance.index_add_(0, code.flatten(), decrease.flatten() / n)
             for i, index in enumerate((bins.index, test_index)):
                 value = index.gather(1, code.gather(0, nodes[i]))                       # (n, C) bin of the code asked for
@@ -167,3 +180,369 @@ def dci(z_train, y_train, z_test, y_test, V=256):
     train, test = np.mean(accuracy, axis=0)
     return dict(disentanglement=float(disentanglement), completeness=float(completeness),
                 informativeness_train=float(train), informativeness_test=float(test), importance=R)
+
+
+# ---- the other scores -----------------------------------------------------------------------------
+
+def sharing(column, values, rng):
+    """For each of `values` (any shape) the number of a row, drawn at random, in which `column` (n,) has it."""
+    order, counts = np.argsort(column, kind="stable"), np.bincount(column)
+    return order[(counts.cumsum() - counts)[values] + (rng.random(values.shape) * counts[values]).astype(np.int64)]
+
+
+def factor_vae_score(z, y, seed=0, votes=(10000, 5000), batch=64, points=10000, least=0.05):
+    """FactorVAE score (Kim and Mnih 2018, section 4). z: codes (n, N) float; y: factors (n, K) int.
+
+    A vote: `batch` rows that share the value of one factor elect the code that varies least among them,
+    relative to its standard deviation over `points` rows; codes whose deviation is under `least` cannot be
+    elected. votes: how many learn which factor each code stands for, and how many test it. Returns the
+    accuracy of the test votes, [0, 1]; 0 if no code is left. Raises ValueError.
+    """
+    z, y = checked(z, y)
+    rng = np.random.default_rng(seed)
+    deviation = z[rng.choice(len(z), min(points, len(z)), replace=False)].std(0)        # (N,)
+    live = deviation >= least
+    if not live.any():
+        return 0.0
+    z = z[:, live] / deviation[live]                                                    # (n, N live)
+    factor, elected = rng.integers(y.shape[1], size=sum(votes)), np.empty(sum(votes), dtype=np.int64)
+    for k, column in enumerate(y.T):
+        mine = np.flatnonzero(factor == k)
+        value = column[rng.integers(len(column), size=len(mine))]                       # (votes on k,)
+        rows = sharing(column, value[:, None].repeat(batch, 1), rng)                    # (votes on k, batch)
+        elected[mine] = z[rows].var(axis=1).argmin(axis=1)
+    count = np.zeros((z.shape[1], y.shape[1]))                                          # (N live, K)
+    np.add.at(count, (elected[:votes[0]], factor[:votes[0]]), 1)
+    return float((count.argmax(1)[elected[votes[0]:]] == factor[votes[0]:]).mean())
+
+
+def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
+    """beta-VAE score (Higgins et al. 2017, appendix): can a linear classifier tell which factor pairs share?
+
+    z: codes (n, N) float; y: factors (n, K) int. A point is the mean of |difference| over `batch` pairs,
+    each pair sharing its value of one factor. Returns the accuracy on the second of `points`, [0, 1].
+    """
+    z, y = checked(z, y)
+    rng = np.random.default_rng(seed)
+    factor, x = rng.integers(y.shape[1], size=sum(points)), np.empty((sum(points), z.shape[1]), dtype=np.float32)
+    for k, column in enumerate(y.T):
+        mine = np.flatnonzero(factor == k)
+        first = rng.integers(len(z), size=(len(mine), batch))                           # rows, (points of k, batch)
+        x[mine] = np.abs(z[first] - z[sharing(column, column[first], rng)]).mean(1)     # (points of k, N)
+    x, target = torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-12)), torch.from_numpy(factor)
+    linear = torch.nn.Linear(x.shape[1], y.shape[1])
+    torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(x[:points[0]]), target[:points[0]])
+        loss = loss + linear.weight.square().sum() / (2 * points[0])                    # as scikit-learn's C = 1
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (linear(x[points[0]:]).argmax(1) == target[points[0]:]).float().mean().item()
+
+
+def mig(z, y, seed=0, points=10000, n_bins=20):
+    """Mutual information gap (Chen et al. 2018, equation 6). z: codes (n, N) float; y: factors (n, K) int.
+
+    Each code is cut into n_bins equally wide bins over `points` rows. Returns the mean over factors of the
+    gap between the two codes that know most about it, as a share of the factor's entropy, [0, 1].
+    """
+    z, y = checked(z, y)
+    rows = np.random.default_rng(seed).choice(len(z), min(points, len(z)), replace=False)
+    z, (n, N) = z[rows].astype(np.float64), (len(rows), z.shape[1])
+    if N < 2:
+        raise ValueError("MIG compares the two best codes of a factor, and there is only 1 code")
+    z = z - z.min(0)
+    v = np.minimum(z / np.where(z.max(0) > 0, z.max(0), 1) * n_bins, n_bins - 1).astype(np.int64)       # (n, N)
+    gaps = []
+    for column in y[rows].T:
+        C = column.max() + 1
+        cell = (np.arange(N) * n_bins + v) * C + column[:, None]                        # (n, N)
+        joint = np.bincount(cell.ravel(), minlength=N * n_bins * C).reshape(N, n_bins, C) / n
+        H_y = entropy(joint.sum(1), np.e)                                               # (N,), all equal
+        information = entropy(joint.sum(2), np.e) + H_y - entropy(joint.reshape(N, -1), np.e)
+        second, first = np.sort(information)[-2:]
+        gaps.append((first - second) / H_y[0])
+    return float(np.mean(gaps))
+
+
+def principal_directions(tokens):
+    """Each token's first principal direction, by which one number can stand for a vector (EncDiff's authors).
+
+    tokens: (n, N, D). Returns mean (N, D) and direction (N, D) of unit length, its largest entry positive.
+    """
+    mean = tokens.mean(0)                                                               # (N, D)
+    centred = (tokens - mean).transpose(0, 1)                                           # (N, n, D)
+    direction = torch.linalg.eigh(centred.transpose(1, 2) @ centred).eigenvectors[..., -1]      # (N, D)
+    largest = direction.gather(1, direction.abs().argmax(1, keepdim=True))              # (N, 1)
+    return mean, direction * largest.sign()
+
+
+PROTOCOL = dict(dci_points=(10000, 5000), factor_vae_votes=(10000, 5000), beta_vae_points=(10000, 5000), batch=64,
+                variance_points=10000, mig_points=10000, mig_bins=20, psnr_images=256, ddim_steps=50, ddim_eta=0)
+
+
+def dci_scores(z, y, seed=0):
+    """dci of 10,000 training and 5,000 test rows, drawn without replacement."""
+    n_train, n_test = PROTOCOL["dci_points"]
+    z, y = checked(z, y, n_train + n_test)
+    rows = np.random.default_rng(seed).choice(len(z), n_train + n_test, replace=False)
+    return dci(z[rows[:n_train]], y[rows[:n_train]], z[rows[n_train:]], y[rows[n_train:]])
+
+
+METRICS = {"factor_vae": factor_vae_score, "dci": dci_scores, "mig": mig, "beta_vae": beta_vae_score}
+
+
+def score_codes(z, y, metrics, seed=0):
+    """The named metrics of codes z (n, N) with factors y (n, K). Returns scores and the seconds each took."""
+    scores, seconds = {}, {}
+    for name in metrics:
+        started = time.monotonic()
+        result = METRICS[name](z, y, seed)
+        scores.update({name: result} if np.isscalar(result) else {k: v for k, v in result.items()})
+        seconds[name] = round(time.monotonic() - started, 2)
+    return scores, seconds
+
+
+# ---- a finished run -------------------------------------------------------------------------------
+
+class Run:
+    """A run folder brought back to life. data: another data file to look at with it. All on `device`."""
+
+    def __init__(self, folder, data=None, device="auto"):
+        self.folder, self.settings = Path(folder), train.read_settings(folder)
+        first_stage, model = train.load(self.folder / "vae.pt"), train.load(self.folder / "model.pt")
+        self.device, self.step, self.data = train.choose_device(device), model["step"], data
+        self.ds = open_dataset(data or self.settings.data or None)
+        self.vae = train.build_autoencoder(self.settings)
+        self.encoder, self.unet = train.build_networks(self.settings)
+        try:
+            self.vae.load_state_dict(first_stage["vae"])
+            self.encoder.load_state_dict(model["encoder"])
+            self.unet.load_state_dict(model["ema"])                 # pictures are made with the average
+        except RuntimeError:
+            raise ValueError(f"{folder}: its checkpoints do not fit its settings.json: were files of several runs "
+                             "mixed?") from None
+        for part in (self.vae, self.encoder, self.unet):
+            part.to(self.device).eval().requires_grad_(False)
+        self.diffusion = Diffusion(self.settings.schedule).to(self.device)
+        self.parameters = sum(p.numel() for part in (self.encoder, self.unet) for p in part.parameters())
+
+    def images(self, index):
+        """index: (B,) ints. Returns (B, 3, 64, 64) in [-1, 1]."""
+        return self.ds.images(index).to(self.device)
+
+    def rows(self, n, seed=0):
+        """Numbers of n different images, in the order drawn: (n,) int64."""
+        return np.random.default_rng(seed).choice(len(self.ds), n, replace=False)
+
+    def codes(self, batch_size=512):
+        """One number for each token and image: z (n, N) float32, and the numbers of the images (n,).
+
+        All images (settings.score_images of them, if that is not 0); kept in the run folder and read from
+        there the next time. Vector and slot tokens stand on their first principal component.
+        """
+        n = min(self.settings.score_images or len(self.ds), len(self.ds))
+        index = np.arange(len(self.ds)) if n == len(self.ds) else np.sort(self.rows(n))
+        kept = self.folder / f"codes-{self.step}.npy"
+        if kept.exists() and self.data is None:
+            return np.load(kept), index
+        number = self.encoder.scalars
+        if self.settings.encoder != "scalar":
+            some = np.array_split(self.rows(min(n, 10000)), 40)
+            mean, direction = principal_directions(torch.cat([self.encoder(self.images(part)) for part in some]))
+            number = lambda images: ((self.encoder(images) - mean) * direction).sum(-1)     # (B, N, D) -> (B, N)
+        parts = np.array_split(index, -(-n // batch_size))
+        z = torch.cat([number(self.images(part)).cpu() for part in tqdm(parts, desc="codes", unit="batch")]).numpy()
+        if self.data is None:
+            temporary = kept.with_suffix(".tmp")
+            with open(temporary, "wb") as file:
+                np.save(file, z)
+            os.replace(temporary, kept)
+        return z, index
+
+    def decode(self, tokens, desc=None):
+        """Pictures (B, 3, 64, 64) in [-1, 1] that these tokens (B, N, D) alone describe.
+
+        DEVIATION: DDIM with eta 0 from one starting noise for all (the authors' pictures: eta 1), so that
+        pictures differ only where their tokens do.
+        """
+        side = self.ds.image_size // self.vae.factor
+        noise = torch.randn(1, self.settings.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+        pictures = []
+        for part in tqdm(tokens.split(128), desc=desc, disable=desc is None, leave=False):
+            x_0 = self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, part),
+                                             noise.to(self.device).repeat(len(part), 1, 1, 1), PROTOCOL["ddim_steps"])
+            pictures.append(self.vae.decode(x_0).clamp(-1, 1))                          # (B, 3, 64, 64)
+        return torch.cat(pictures)
+
+    def importance(self):
+        """How much each token tells of each factor, (N, K): DCI's importances, from scores.json or made anew."""
+        z, index = self.codes()
+        return dci_scores(z, self.ds.factors(index).numpy(), self.settings.seed)["importance"]
+
+
+# ---- pictures -------------------------------------------------------------------------------------
+
+def to_pixels(images):
+    """(..., 3, H, W) in [-1, 1] -> uint8 (..., H, W, 3)"""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+
+
+def draw_grid(path, rows, labels, corner=None):
+    """Writes a PNG: `rows` of pictures, each a (columns, 3, H, W) tensor in [-1, 1], with a label left of it.
+
+    corner: a picture (3, H, W) right of the first row's label. The cell (i, j) is at x = left + j (W + 2),
+    y = i (H + 2), where left is the picture's width - columns (W + 2).
+    """
+    columns, _, H, W = rows[0].shape
+    font = ImageFont.load_default(13)
+    extra = W + 8 if corner is not None else 0
+    left = int(max(font.getlength(label) + (extra if i == 0 else 0) for i, label in enumerate(labels))) + 12
+    sheet = Image.new("RGB", (left + columns * (W + 2), len(rows) * (H + 2)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (row, label) in enumerate(zip(rows, labels)):
+        y = i * (H + 2)
+        pen.text((left - 8 - (extra if i == 0 else 0), y + H // 2), label, "black", font, anchor="rm")
+        for j, picture in enumerate(to_pixels(row)):
+            sheet.paste(Image.fromarray(picture), (left + j * (W + 2), y))
+    if corner is not None:
+        sheet.paste(Image.fromarray(to_pixels(corner)), (left - W - 8, 0))
+    sheet.save(path)
+
+
+def reconstruct(run):
+    """Mean square error (pixels in [0, 1]) and PSNR (dB) of pictures rebuilt from their tokens alone.
+
+    Writes reconstruction.png: originals, autoencoder only, from tokens.
+    """
+    images = run.images(run.rows(PROTOCOL["psnr_images"], seed=1))                      # (B, 3, 64, 64)
+    rebuilt = run.decode(run.encoder(images), "reconstruction")                         # (B, 3, 64, 64)
+    first_stage = run.vae.decode(run.vae.encode(images[:10]))                           # (10, 3, 64, 64)
+    draw_grid(run.folder / "reconstruction.png", [images[:10], first_stage, rebuilt[:10]],
+              ["original", "autoencoder", "from tokens"])
+    mse = ((rebuilt - images) / 2).square().mean().item()
+    return dict(mse=mse, psnr=-10 * math.log10(mse))
+
+
+def token_names(run, importance):
+    """The order of the tokens, those that follow the first factor first and idle ones last, and a name for each."""
+    if importance is None:                                          # data without factors
+        return np.arange(run.settings.tokens), [f"token {n}" for n in range(run.settings.tokens)]
+    factor, weight = importance.argmax(1), importance.max(1)                            # (N,) each
+    live = weight >= 0.02
+    order = np.lexsort((-weight, np.where(live, factor, len(importance.T))))
+    return order, [f"token {n}: {run.ds.factor_names[factor[n]].replace('_', ' ')} {weight[n]:.2f}" if live[n]
+                   else f"token {n}: idle" for n in range(len(weight))]
+
+
+def swap(run, importance=None, columns=8):
+    """Writes swap.png: sources along the top; below, in every row one token of the target is put into each."""
+    index = run.rows(2000, seed=2)
+    if importance is not None:                                      # sources that share nothing with the target
+        differ = (run.ds.factors(index) != run.ds.factors(index[:1])).all(1)
+        index = np.concatenate([index[:1], index[differ.numpy()]])
+    images = run.images(index[:columns + 1])                                            # target first
+    target, sources = run.encoder(images).split([1, columns])                           # (1, N, D), (columns, N, D)
+    order, names = token_names(run, importance)
+    edits = sources.repeat(len(order) + 1, 1, 1, 1)                                     # (1 + N, columns, N, D)
+    for row, n in enumerate(order):
+        edits[row + 1, :, n] = target[:, n]
+    pictures = run.decode(edits.flatten(0, 1), "swap").unflatten(0, (-1, columns))      # (1 + N, columns, 3, H, W)
+    draw_grid(run.folder / "swap.png", [images[1:], *pictures], ["target", "sources, rebuilt", *(names[n] for n in order)],
+              corner=images[0])
+
+
+# ---- the command ----------------------------------------------------------------------------------
+
+COLUMNS = {"factor_vae": "FactorVAE", "disentanglement": "DCI D", "completeness": "DCI C",
+           "informativeness_test": "DCI I", "mig": "MIG", "beta_vae": "beta-VAE", "psnr": "PSNR"}
+NOT_A_SETTING = ("seed", "out", "device", "checkpoint_minutes", "vae", "score_images")
+
+
+def table(results):
+    """Prints one line for each setting among the results: the mean over its seeds, +- their deviation."""
+    settings = [{k: v for k, v in r["settings"].items() if k not in NOT_A_SETTING} for r in results]
+    differ = [k for k in (settings[0] if settings else ()) if any(s.get(k) != settings[0].get(k) for s in settings)]
+    lines = {}
+    for r, s in zip(results, settings):
+        key = ", ".join(f"{k} {s.get(k)}" for k in differ) or r["data"]
+        lines.setdefault(key, []).append(r["scores"])
+    columns = [c for c in COLUMNS if any(c in r["scores"] for r in results)]
+    width = max(map(len, lines))
+    print(f"{'':{width}}  n  " + "  ".join(f"{COLUMNS[c]:>13}" for c in columns))
+    for key, scores in lines.items():
+        cells = []
+        for c in columns:
+            values = [s[c] for s in scores if c in s]
+            spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{f'{np.mean(values):.3f}{spread}' if values else '':>13}")
+        print(f"{key:{width}}  {len(scores)}  " + "  ".join(cells))
+
+
+def score_run(folder, args):
+    """Scores one run, draws its pictures, writes its scores.json; returns what that holds."""
+    run = Run(folder, args.data or None, args.device)
+    started = time.monotonic()
+    z, index = run.codes()
+    seconds = {"codes": round(time.monotonic() - started, 2)}
+    scores, more = score_codes(z, run.ds.factors(index).numpy(), args.metrics, run.settings.seed)
+    importance = scores.pop("importance", None)
+    started = time.monotonic()
+    scores.update(reconstruct(run))
+    seconds.update(more, reconstruction=round(time.monotonic() - started, 2))
+    swap(run, importance)
+    result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), parameters=run.parameters,
+                  scores=scores, seconds=seconds, protocol=PROTOCOL, settings=dataclasses.asdict(run.settings),
+                  factors=run.ds.factor_names, importance=None if importance is None else importance.round(4).tolist())
+    temporary = run.folder / "scores.tmp"
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, run.folder / "scores.json")
+    return result
+
+
+def read_codes(path):
+    """z and y of an .npz file, or OSError or ValueError with one sentence."""
+    try:
+        with np.load(path) as file:
+            return file["z"], file["y"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except (KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} must be an .npz file with arrays z (n, N) and y (n, K): {error}") from None
+
+
+def main(argv=None):
+    """Scores runs or codes and prints the table; returns the list of results. ValueError or OSError: one sentence."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders that train.py wrote")
+    parser.add_argument("--codes", metavar="FILE", help="an .npz file with arrays z (n, N) and y (n, K) to score")
+    parser.add_argument("--metrics", type=lambda text: text.split(","), default=list(METRICS),
+                        help=f"some of {','.join(METRICS)} [all]")
+    parser.add_argument("--data", help="another data file to score the runs on")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps [the first of cuda, mps, cpu that is there]")
+    args = parser.parse_args(argv)
+    unknown = set(args.metrics) - set(METRICS)
+    if unknown or bool(args.runs) == bool(args.codes):
+        raise ValueError(f"unknown metric {', '.join(unknown)}: choose from {', '.join(METRICS)}" if unknown else
+                         "name run folders, or codes with --codes FILE, and not both")
+    if args.codes:
+        scores, seconds = score_codes(*read_codes(args.codes), args.metrics)
+        scores.pop("importance", None)
+        results = [dict(data=args.codes, settings={}, scores=scores, seconds=seconds)]
+    else:
+        results = [score_run(folder, args) for folder in args.runs]
+    table(results)
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

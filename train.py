@@ -59,9 +59,10 @@ class Settings:
     patch: int = setting(4, "its pictures are first cut into patch x patch squares (paper: 1)")
     latent_channels: int = setting(4, "numbers at each place of the latent, Z (paper: 3)")
     codebook_size: int = setting(2048, "vectors in the codebook of vq (paper: 2048)")
-    vae_steps: int = setting(2000, "its training steps")
-    vae_batch_size: int = setting(64, "its images a step (paper: 128 x 2)")
-    vae_lr: float = setting(2e-3, "its highest learning rate (paper: 1.15e-3)")
+    vae_steps: int = setting(4000, "its training steps")
+    vae_batch_size: int = setting(16, "its images a step (paper: 128 x 2)")
+    vae_lr: float = setting(5e-3, "its highest learning rate (paper: 1.15e-3)")
+    vae_betas: tuple = setting((0.9, 0.99), "of its Adam (paper: 0.5,0.9)")
     # tokens
     encoder: str = setting("scalar", "kind of concept tokens (paper: scalar)", KINDS)
     tokens: int = setting(20, "concept tokens, N (paper: 20)")
@@ -92,8 +93,8 @@ PRESETS = {
     "small": {},
     "tiny": dict(vae_steps=250, steps=600, batch_size=64, warmup=100, score_images=30000),
     "paper": dict(first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32, patch=1,
-                  latent_channels=3, vae_batch_size=256, vae_lr=1.15e-3, vae_steps=10000, encoder_width=128,
-                  encoder_strides=(2, 2, 2, 2), channels=64, multipliers=(1, 2, 4, 4), res_blocks=2, heads=8,
+                  latent_channels=3, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9), vae_steps=10000,
+                  encoder_width=128, encoder_strides=(2, 2, 2, 2), channels=64, multipliers=(1, 2, 4, 4), res_blocks=2, heads=8,
                   groups=32, steps=37500, batch_size=128, lr=2.56e-4, warmup=10000, decay="none", clip=0.0,
                   ema=0.9999),
 }
@@ -108,7 +109,7 @@ def parse(argv):
     for field in dataclasses.fields(Settings):
         kind = type(field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), choices=field.metadata["choices"],
-                            type=int_tuple if kind is tuple else kind,
+                            type=numbers if kind is tuple else kind,
                             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
                             help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
@@ -116,9 +117,9 @@ def parse(argv):
     return Settings(**{**PRESETS[given.get("preset", "small")], **given}), resume, given
 
 
-def int_tuple(text):
-    """'1,2,4' -> (1, 2, 4)"""
-    return tuple(int(part) for part in text.split(","))
+def numbers(text):
+    """'1,2,4' -> (1, 2, 4); '0.9,0.99' -> (0.9, 0.99)"""
+    return tuple(float(part) if "." in part else int(part) for part in text.split(","))
 
 
 def check(s):
@@ -136,9 +137,12 @@ def check(s):
     if min(s.multipliers + s.vae_multipliers + s.encoder_strides) < 1:
         raise ValueError("multipliers and strides must be at least 1 each")
     factor = s.patch * 2 ** (len(s.vae_multipliers) - 1)
-    if 64 % factor or (64 // factor) % 2 ** (len(s.multipliers) - 1):
-        raise ValueError(f"64-pixel pictures give {64 / factor:g}-pixel latents, which the U-Net's "
-                         f"{len(s.multipliers)} levels cannot halve: choose fewer --multipliers or a smaller --patch")
+    if 64 % factor:
+        raise ValueError(f"64-pixel pictures cannot be shrunk {factor} times: change --patch {s.patch} or the number "
+                         f"of --vae-multipliers, {len(s.vae_multipliers)}")
+    if 64 // factor % 2 ** (len(s.multipliers) - 1):
+        raise ValueError(f"the U-Net's {len(s.multipliers)} levels cannot halve {64 // factor}x{64 // factor} latents "
+                         f"{len(s.multipliers) - 1} times: choose fewer --multipliers or a smaller --patch")
 
 
 # ---- parts ----------------------------------------------------------------------------------------
@@ -255,7 +259,7 @@ def train_first_stage(s, ds, out, device):
     """Trains the autoencoder on L1 + KL or codebook (Rombach et al. 2022, section 3.1). Returns it, frozen."""
     torch.manual_seed(s.seed)
     vae = build_autoencoder(s).to(device)
-    optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, betas=(0.5, 0.9), fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, s.vae_betas, fused=device.type in ("cpu", "cuda"))
     step = 0
     if (out / "vae.pt").exists():
         saved = load(out / "vae.pt")
@@ -288,19 +292,6 @@ def train_first_stage(s, ds, out, device):
     return vae.requires_grad_(False)
 
 
-@torch.no_grad()
-def encode_all(vae, ds, device, batch_size=256):
-    """x_0 of every image, (n, Z, h, w) float16 on the CPU: the frozen first stage runs once, not every step."""
-    latents = None
-    for start in tqdm(range(0, len(ds), batch_size), desc="latents", unit="batch", mininterval=1.0):
-        index = torch.arange(start, min(start + batch_size, len(ds)))
-        x_0 = vae.encode(ds.images(index).to(device))                                   # (B, Z, h, w)
-        if latents is None:
-            latents = torch.empty(len(ds), *x_0.shape[1:], dtype=torch.float16)
-        latents[start:start + len(x_0)] = x_0.cpu()
-    return latents
-
-
 def train_tokens(s, ds, vae, out, device):
     """Trains token encoder and U-Net on the noise-prediction loss alone (EncDiff, method section)."""
     torch.manual_seed(s.seed + 1)
@@ -318,13 +309,12 @@ def train_tokens(s, ds, vae, out, device):
         step = saved["step"]
     if step >= s.steps:
         return
-    latents = encode_all(vae, ds, device)
     log = Log(out, "tokens", step, s.steps, s.batch_size, s.checkpoint_minutes)
     while step < s.steps:
         # data
-        index = torch.randint(len(ds), (s.batch_size,))                                 # (B,)
-        images = ds.images(index).to(device)                                            # (B, 3, 64, 64)
-        x_0 = latents[index].to(device).float()                                         # (B, Z, h, w)
+        images = ds.images(torch.randint(len(ds), (s.batch_size,))).to(device)          # (B, 3, 64, 64)
+        with torch.no_grad():
+            x_0 = vae.encode(images)                                                    # (B, Z, h, w)
         # tokens
         tokens = encoder(images)                                                        # (B, N, D)
         # noise
@@ -355,7 +345,7 @@ def train_tokens(s, ds, vae, out, device):
 # ---- the run --------------------------------------------------------------------------------------
 
 FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
-               "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr")
+               "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas")
 
 
 def read_settings(out):
