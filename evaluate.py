@@ -42,12 +42,12 @@ def checked(z, y, points=1):
         raise ValueError(f"codes must have shape (n, N) and factors (n, K) with one n, not {z.shape} and {y.shape}")
     if not np.isfinite(z).all():
         raise ValueError(f"{(~np.isfinite(z)).any(1).sum()} of {len(z)} points have codes that are NaN or infinite")
-    if len(z) < points:
-        raise ValueError(f"{points} points are needed and {len(z)} are there: give more, or ask for fewer")
     classes = [np.unique(column, return_inverse=True) for column in y.T]
     for k, (values, _) in enumerate(classes):
         if len(values) < 2:
             raise ValueError(f"factor {k} has one value in these {len(y)} points: leave it out, it cannot be scored")
+    if len(z) < points:
+        raise ValueError(f"{points} points are needed and {len(z)} are there: give more, or ask for fewer")
     return z.astype(np.float32), np.stack([inverse for _, inverse in classes], axis=1)
 
 
@@ -512,7 +512,7 @@ def read_codes(path):
             return file["z"], file["y"]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
-    except (KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must be an .npz file with arrays z (n, N) and y (n, K): {error}") from None
 
 
