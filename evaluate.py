@@ -69,13 +69,13 @@ class Bins:
     def __init__(self, z, V):
         self.V, self.edges = V, []
         for code in torch.as_tensor(z).t():
-            values = code.unique()                                                      # ascending
-            if len(values) > V:                                     # ends of V equally full bins
-                values = code.sort().values[torch.arange(1, V + 1) * len(code) // V - 1].unique()
-                upper = code.unique()[torch.searchsorted(code.unique(), values[:-1]) + 1]
-            else:
-                upper = values[1:]
-            self.edges.append((values[:-1] + upper) / 2)            # midway, as scikit-learn's trees
+            values, count = code.unique(return_counts=True)                             # ascending
+            edges = (values[:-1] + values[1:]) / 2                  # midway, as scikit-learn's trees
+            if len(values) > V:             # half of the edges in the widest gaps, half after equally many points
+                widest = values.diff().topk(V // 2).indices
+                even = torch.searchsorted(count.cumsum(0), torch.arange(1, V // 2) * len(code) // (V // 2))
+                edges = edges[torch.cat([widest, even.clamp(max=len(edges) - 1)]).unique()]
+            self.edges.append(edges)
         self.index = self.of(z)                                                         # (n, N), 0..V-1
         bag = self.index + V * torch.arange(self.index.shape[1])                        # (n, N), 0..N*V-1
         order = bag.t().flatten().argsort(stable=True)                                  # (N*n,) bag by bag

@@ -43,7 +43,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_kv = nn.Linear(source_dim, 2 * channels, bias=False)
+        self.to_k = nn.Linear(source_dim, channels, bias=False)
+        self.to_v = nn.Linear(source_dim, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x, source, maps=None):
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         maps: a list that receives the probabilities (B, h, L, M), or None.
         """
         q = self.split(self.to_q(x))                                                    # (B, h, L, d)
-        k, v = (self.split(part) for part in self.to_kv(source).chunk(2, dim=-1))       # (B, h, M, d)
+        k, v = self.split(self.to_k(source)), self.split(self.to_v(source))             # (B, h, M, d) each
         if maps is None and x.is_cuda:                  # one kernel; on a CPU it is slower than the lines below
             out = F.scaled_dot_product_attention(q, k, v)                               # (B, h, L, d)
         else:
@@ -69,17 +70,17 @@ class Attention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): one half of a projection, times GELU of the other half, projected back."""
+    """GEGLU (Shazeer 2020): a projection to 4 times the width, times GELU of another one, projected back."""
 
     def __init__(self, channels, factor=4):
         super().__init__()
-        self.project_in = nn.Linear(channels, 2 * factor * channels)
+        self.value = nn.Linear(channels, factor * channels)
+        self.gate = nn.Linear(channels, factor * channels)
         self.project_out = nn.Linear(factor * channels, channels)
 
     def forward(self, x):
         """x: (B, L, C). Returns (B, L, C)."""
-        value, gate = self.project_in(x).chunk(2, dim=-1)                               # (B, L, 4C) twice
-        return self.project_out(value * F.gelu(gate))                                   # (B, L, C)
+        return self.project_out(self.value(x) * F.gelu(self.gate(x)))                   # (B, L, 4C) -> (B, L, C)
 
 
 class TransformerBlock(nn.Module):

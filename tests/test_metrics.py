@@ -65,7 +65,7 @@ def test_dci_of_known_codes():
     assert np.allclose(one_to_one["importance"].sum(0), 1)
     permuted = dci(z[:, [2, 0, 1]], y, z_test[:, [2, 0, 1]], y_test)
     for name in ("disentanglement", "completeness", "informativeness_test"):
-        assert abs(permuted[name] - one_to_one[name]) < 1e-6
+        assert abs(permuted[name] - one_to_one[name]) < 0.005       # not 0: of equal splits the first code's wins
     noise = dci(rng.standard_normal((600, 5)), y, rng.standard_normal((300, 5)), y_test)
     assert noise["disentanglement"] < 0.1 and noise["completeness"] < 0.1
     assert abs(noise["informativeness_test"] - np.mean([1 / s for s in SIZES])) < 0.1

@@ -77,7 +77,7 @@ def test_gradients_reach_the_encoder_through_cross_attention_alone():
     assert not missing
     for block in unet.modules():                                    # now close that one path
         if isinstance(block, TransformerBlock):
-            torch.nn.init.zeros_(block.cross_attention.to_kv.weight)
+            torch.nn.init.zeros_(block.cross_attention.to_v.weight)
     encoder.zero_grad()
     unet(x, t, encoder(images)).square().mean().backward()
     assert not any(p.grad.any() for p in encoder.parameters() if p.grad is not None)
