@@ -16,8 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -303,7 +301,7 @@ def score_codes(z, y, metrics, seed=0):
     for name in metrics:
         started = time.monotonic()
         result = METRICS[name](z, y, seed)
-        scores.update({name: result} if np.isscalar(result) else {k: v for k, v in result.items()})
+        scores.update(result if isinstance(result, dict) else {name: result})
         seconds[name] = round(time.monotonic() - started, 2)
     return scores, seconds
 
@@ -311,26 +309,14 @@ def score_codes(z, y, metrics, seed=0):
 # ---- a finished run -------------------------------------------------------------------------------
 
 class Run:
-    """A run folder brought back to life. data: another data file to look at with it. All on `device`."""
+    """A finished run, from its folder alone. data: another data file to look at with it."""
 
     def __init__(self, folder, data=None, device="auto"):
-        self.folder, self.settings = Path(folder), train.read_settings(folder)
-        first_stage, model = train.load(self.folder / "vae.pt"), train.load(self.folder / "model.pt")
-        self.device, self.step, self.data = train.choose_device(device), model["step"], data
+        self.folder, self.data, self.device = Path(folder), data, train.choose_device(device)
+        self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
         self.ds = open_dataset(data or self.settings.data or None)
-        self.vae = train.build_autoencoder(self.settings)
-        self.encoder, self.unet = train.build_networks(self.settings)
-        try:
-            self.vae.load_state_dict(first_stage["vae"])
-            self.encoder.load_state_dict(model["encoder"])
-            self.unet.load_state_dict(model["ema"])                 # pictures are made with the average
-        except RuntimeError:
-            raise ValueError(f"{folder}: its checkpoints do not fit its settings.json: were files of several runs "
-                             "mixed?") from None
-        for part in (self.vae, self.encoder, self.unet):
-            part.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(self.settings.schedule).to(self.device)
-        self.parameters = sum(p.numel() for part in (self.encoder, self.unet) for p in part.parameters())
+        self.importance = None                                      # (N, K) by DCI, once it is known
 
     def images(self, index):
         """index: (B,) ints. Returns (B, 3, 64, 64) in [-1, 1]."""
@@ -341,16 +327,18 @@ class Run:
         return np.random.default_rng(seed).choice(len(self.ds), n, replace=False)
 
     def codes(self, batch_size=512):
-        """One number for each token and image: z (n, N) float32, and the numbers of the images (n,).
+        """One number for each token and image: z (n, N) float32, and the factors y (n, K) of these images.
 
         All images (settings.score_images of them, if that is not 0); kept in the run folder and read from
         there the next time. Vector and slot tokens stand on their first principal component.
         """
         n = min(self.settings.score_images or len(self.ds), len(self.ds))
-        index = np.arange(len(self.ds)) if n == len(self.ds) else np.sort(self.rows(n))
-        kept = self.folder / f"codes-{self.step}.npy"
+        index = np.arange(n) if n == len(self.ds) else np.sort(self.rows(n))
+        y, kept = self.ds.factors(index).numpy(), self.folder / f"codes-{self.step}.npy"
         if kept.exists() and self.data is None:
-            return np.load(kept), index
+            z = np.load(kept)
+            if z.shape == (n, self.settings.tokens):
+                return z, y
         number = self.encoder.scalars
         if self.settings.encoder != "scalar":
             some = np.array_split(self.rows(min(n, 10000)), 40)
@@ -359,11 +347,8 @@ class Run:
         parts = np.array_split(index, -(-n // batch_size))
         z = torch.cat([number(self.images(part)).cpu() for part in tqdm(parts, desc="codes", unit="batch")]).numpy()
         if self.data is None:
-            temporary = kept.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
-                np.save(file, z)
-            os.replace(temporary, kept)
-        return z, index
+            train.write_whole(kept, lambda path: np.save(path, z))
+        return z, y
 
     def decode(self, tokens, desc=None):
         """Pictures (B, 3, 64, 64) in [-1, 1] that these tokens (B, N, D) alone describe.
@@ -371,90 +356,103 @@ class Run:
         DEVIATION: DDIM with eta 0 from one starting noise for all (the authors' pictures: eta 1), so that
         pictures differ only where their tokens do.
         """
-        side = self.ds.image_size // self.vae.factor
-        noise = torch.randn(1, self.settings.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+        side, generator = self.ds.image_size // self.vae.factor, torch.Generator().manual_seed(0)
+        noise = torch.randn(1, self.settings.latent_channels, side, side, generator=generator).to(self.device)
         pictures = []
-        for part in tqdm(tokens.split(128), desc=desc, disable=desc is None, leave=False):
-            x_0 = self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, part),
-                                             noise.to(self.device).repeat(len(part), 1, 1, 1), PROTOCOL["ddim_steps"])
+        for part in tqdm(tokens.split(128), desc=desc, leave=False):
+            x_0 = self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, part), noise.repeat(len(part), 1, 1, 1),
+                                             PROTOCOL["ddim_steps"], PROTOCOL["ddim_eta"])
             pictures.append(self.vae.decode(x_0).clamp(-1, 1))                          # (B, 3, 64, 64)
         return torch.cat(pictures)
 
-    def importance(self):
-        """How much each token tells of each factor, (N, K): DCI's importances, from scores.json or made anew."""
-        z, index = self.codes()
-        return dci_scores(z, self.ds.factors(index).numpy(), self.settings.seed)["importance"]
+
+# ---- drawing --------------------------------------------------------------------------------------
+
+class Canvas:
+    """A white sheet and the few things that figures need. box: (x, y, width, height) in pixels."""
+
+    def __init__(self, width, height):
+        self.image = Image.new("RGB", (int(width), int(height)), "white")
+        self.pen = ImageDraw.Draw(self.image)
+
+    def text(self, x, y, text, anchor="mm", colour="black"):
+        self.pen.text((x, y), text, colour, FONT, anchor)
+
+    def pictures(self, x, y, row):
+        """A row of pictures, (columns, 3, H, W) in [-1, 1], GAP pixels apart."""
+        pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+        for j, picture in enumerate(pixels):
+            self.image.paste(Image.fromarray(picture), (int(x) + j * (row.shape[-1] + GAP), int(y)))
 
 
-# ---- pictures -------------------------------------------------------------------------------------
-
-def to_pixels(images):
-    """(..., 3, H, W) in [-1, 1] -> uint8 (..., H, W, 3)"""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+FONT, GAP = ImageFont.load_default(13), 2
 
 
-def draw_grid(path, rows, labels, corner=None):
-    """Writes a PNG: `rows` of pictures, each a (columns, 3, H, W) tensor in [-1, 1], with a label left of it.
+def draw_grid(path, rows, labels, corner=None, notes=()):
+    """Writes a PNG: `rows` of pictures, each (columns, 3, H, W) in [-1, 1], with a label left of it.
 
-    corner: a picture (3, H, W) right of the first row's label. The cell (i, j) is at x = left + j (W + 2),
-    y = i (H + 2), where left is the picture's width - columns (W + 2).
+    corner: a picture (3, H, W) right of the first label. notes: lines of text below. The cell (i, j) is at
+    x = left + j (W + 2), y = i (H + 2), where left is the sheet's width - columns (W + 2). Returns the sheet.
     """
     columns, _, H, W = rows[0].shape
-    font = ImageFont.load_default(13)
-    extra = W + 8 if corner is not None else 0
-    left = int(max(font.getlength(label) + (extra if i == 0 else 0) for i, label in enumerate(labels))) + 12
-    sheet = Image.new("RGB", (left + columns * (W + 2), len(rows) * (H + 2)), "white")
-    pen = ImageDraw.Draw(sheet)
+    extra = [W + 8 if corner is not None and i == 0 else 0 for i in range(len(rows))]
+    left = int(max(FONT.getlength(label) + e for label, e in zip(labels, extra))) + 12
+    sheet = Canvas(left + columns * (W + GAP), len(rows) * (H + GAP) + 18 * len(notes))
     for i, (row, label) in enumerate(zip(rows, labels)):
-        y = i * (H + 2)
-        pen.text((left - 8 - (extra if i == 0 else 0), y + H // 2), label, "black", font, anchor="rm")
-        for j, picture in enumerate(to_pixels(row)):
-            sheet.paste(Image.fromarray(picture), (left + j * (W + 2), y))
+        sheet.text(left - 8 - extra[i], i * (H + GAP) + H // 2, label, "rm")
+        sheet.pictures(left, i * (H + GAP), row)
     if corner is not None:
-        sheet.paste(Image.fromarray(to_pixels(corner)), (left - W - 8, 0))
-    sheet.save(path)
+        sheet.pictures(left - W - 8, 0, corner[None])
+    for i, note in enumerate(notes):
+        sheet.text(left, len(rows) * (H + GAP) + 18 * i + 9, note, "lm")
+    sheet.image.save(path)
+    return sheet.image
 
 
-def reconstruct(run):
-    """Mean square error (pixels in [0, 1]) and PSNR (dB) of pictures rebuilt from their tokens alone.
+# ---- figures: each writes one PNG (and perhaps more) into the run folder ---------------------------
 
-    Writes reconstruction.png: originals, autoencoder only, from tokens.
-    """
+def reconstruction(run):
+    """Originals, autoencoder only, rebuilt from tokens, difference. Returns mse (pixels in [0, 1]) and psnr (dB)."""
     images = run.images(run.rows(PROTOCOL["psnr_images"], seed=1))                      # (B, 3, 64, 64)
     rebuilt = run.decode(run.encoder(images), "reconstruction")                         # (B, 3, 64, 64)
-    first_stage = run.vae.decode(run.vae.encode(images[:10]))                           # (10, 3, 64, 64)
-    draw_grid(run.folder / "reconstruction.png", [images[:10], first_stage, rebuilt[:10]],
-              ["original", "autoencoder", "from tokens"])
-    mse = ((rebuilt - images) / 2).square().mean().item()
-    return dict(mse=mse, psnr=-10 * math.log10(mse))
+    first_stage = run.vae.decode(run.vae.encode(images)).clamp(-1, 1)                   # (B, 3, 64, 64)
+    mse = [((x - images) / 2).square().mean().item() for x in (first_stage, rebuilt)]
+    notes = [f"{name}: MSE {e:.5f}, PSNR {-10 * math.log10(e):.1f} dB ({len(images)} pictures)"
+             for name, e in zip(("autoencoder only", "from tokens"), mse)]
+    draw_grid(run.folder / "reconstruction.png", [x[:10] for x in (images, first_stage, rebuilt, rebuilt - images)],
+              ["original", "autoencoder only", "from tokens", "difference"], notes=notes)
+    return dict(mse=mse[1], psnr=-10 * math.log10(mse[1]))
 
 
-def token_names(run, importance):
-    """The order of the tokens, those that follow the first factor first and idle ones last, and a name for each."""
-    if importance is None:                                          # data without factors
-        return np.arange(run.settings.tokens), [f"token {n}" for n in range(run.settings.tokens)]
-    factor, weight = importance.argmax(1), importance.max(1)                            # (N,) each
-    live = weight >= 0.02
-    order = np.lexsort((-weight, np.where(live, factor, len(importance.T))))
-    return order, [f"token {n}: {run.ds.factor_names[factor[n]].replace('_', ' ')} {weight[n]:.2f}" if live[n]
-                   else f"token {n}: idle" for n in range(len(weight))]
+def token_names(run):
+    """The tokens that are used, ordered by the factor they follow, the idle ones, and a name for every token."""
+    if run.importance is None:                                      # data without factors
+        return list(range(run.settings.tokens)), [], [f"token {n}" for n in range(run.settings.tokens)]
+    factor, weight = run.importance.argmax(1), run.importance.max(1)                    # (N,) each
+    order = np.lexsort((-weight, factor)).tolist()
+    names = [f"token {n}: {run.ds.factor_names[factor[n]].replace('_', ' ')} {w:.2f}" if w >= 0.02
+             else f"token {n}: idle" for n, w in enumerate(weight)]
+    return [n for n in order if weight[n] >= 0.02], [n for n in order if weight[n] < 0.02], names
 
 
-def swap(run, importance=None, columns=8):
-    """Writes swap.png: sources along the top; below, in every row one token of the target is put into each."""
+def swap(run, columns=8):
+    """The paper's grid: sources along the top; below, in every row one token of the target is put into each."""
     index = run.rows(2000, seed=2)
-    if importance is not None:                                      # sources that share nothing with the target
-        differ = (run.ds.factors(index) != run.ds.factors(index[:1])).all(1)
-        index = np.concatenate([index[:1], index[differ.numpy()]])
-    images = run.images(index[:columns + 1])                                            # target first
+    if run.importance is not None:                                  # sources that share nothing with the target
+        differ = (run.ds.factors(index) != run.ds.factors(index[:1])).all(1).numpy()
+        index = np.concatenate([index[:1], index[differ]])
+    images = run.images(index[:columns + 1])                                            # the target first
     target, sources = run.encoder(images).split([1, columns])                           # (1, N, D), (columns, N, D)
-    order, names = token_names(run, importance)
-    edits = sources.repeat(len(order) + 1, 1, 1, 1)                                     # (1 + N, columns, N, D)
-    for row, n in enumerate(order):
+    used, idle, names = token_names(run)
+    edits = sources.repeat(1 + len(names), 1, 1, 1)                                     # (1 + N, columns, N, D)
+    for row, n in enumerate(used + idle):
         edits[row + 1, :, n] = target[:, n]
     pictures = run.decode(edits.flatten(0, 1), "swap").unflatten(0, (-1, columns))      # (1 + N, columns, 3, H, W)
-    draw_grid(run.folder / "swap.png", [images[1:], *pictures], ["target", "sources, rebuilt", *(names[n] for n in order)],
-              corner=images[0])
+    draw_grid(run.folder / "swap.png", [images[1:], *pictures],
+              ["target", "sources, rebuilt", *(names[n] for n in used + idle)], corner=images[0])
+
+
+FIGURES = {f.__name__: f for f in (reconstruction, swap)}
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -465,44 +463,48 @@ NOT_A_SETTING = ("seed", "out", "device", "checkpoint_minutes", "vae", "score_im
 
 
 def table(results):
-    """Prints one line for each setting among the results: the mean over its seeds, +- their deviation."""
+    """Prints one line for each setting among the results: the mean over its seeds, +- their deviation, and n."""
     settings = [{k: v for k, v in r["settings"].items() if k not in NOT_A_SETTING} for r in results]
-    differ = [k for k in (settings[0] if settings else ()) if any(s.get(k) != settings[0].get(k) for s in settings)]
+    differ = [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)]
     lines = {}
     for r, s in zip(results, settings):
-        key = ", ".join(f"{k} {s.get(k)}" for k in differ) or r["data"]
-        lines.setdefault(key, []).append(r["scores"])
-    columns = [c for c in COLUMNS if any(c in r["scores"] for r in results)]
-    width = max(map(len, lines))
-    print(f"{'':{width}}  n  " + "  ".join(f"{COLUMNS[c]:>13}" for c in columns))
+        lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append(r["scores"])
+    columns, width = [c for c in COLUMNS if any(c in r["scores"] for r in results)], max(map(len, lines))
+    print(f"{'':{width}}  n  " + "  ".join(f"{COLUMNS[c]:>16}" for c in columns))
     for key, scores in lines.items():
-        cells = []
-        for c in columns:
-            values = [s[c] for s in scores if c in s]
+        print(f"{key:{width}}  {len(scores)}", end="")
+        for values in ([s[c] for s in scores if c in s] for c in columns):
             spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{f'{np.mean(values):.3f}{spread}' if values else '':>13}")
-        print(f"{key:{width}}  {len(scores)}  " + "  ".join(cells))
+            print(f"  {f'{np.mean(values):.3f}{spread}' if values else '':>16}", end="")
+        print()
 
 
-def score_run(folder, args):
-    """Scores one run, draws its pictures, writes its scores.json; returns what that holds."""
-    run = Run(folder, args.data or None, args.device)
+def score_run(run, metrics):
+    """Scores a run, draws reconstruction.png and swap.png, writes scores.json; returns what that holds."""
     started = time.monotonic()
-    z, index = run.codes()
+    z, y = run.codes()
     seconds = {"codes": round(time.monotonic() - started, 2)}
-    scores, more = score_codes(z, run.ds.factors(index).numpy(), args.metrics, run.settings.seed)
-    importance = scores.pop("importance", None)
+    scores, more = score_codes(z, y, metrics, run.settings.seed)
+    run.importance = scores.pop("importance", None)
     started = time.monotonic()
-    scores.update(reconstruct(run))
+    scores.update(reconstruction(run))
     seconds.update(more, reconstruction=round(time.monotonic() - started, 2))
-    swap(run, importance)
-    result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), parameters=run.parameters,
-                  scores=scores, seconds=seconds, protocol=PROTOCOL, settings=dataclasses.asdict(run.settings),
-                  factors=run.ds.factor_names, importance=None if importance is None else importance.round(4).tolist())
-    temporary = run.folder / "scores.tmp"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, run.folder / "scores.json")
+    swap(run)
+    result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), scores=scores,
+                  seconds=seconds, protocol=PROTOCOL, settings=dataclasses.asdict(run.settings),
+                  parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
+                  factors=run.ds.factor_names,
+                  importance=None if run.importance is None else run.importance.round(4).tolist())
+    train.write_whole(run.folder / "scores.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result
+
+
+def draw(run, names):
+    """Draws the named figures of a run (all, if none is named) into its folder."""
+    z, y = run.codes()
+    run.importance = dci_scores(z, y, run.settings.seed)["importance"]
+    for name in tqdm(names or FIGURES, desc="figures"):
+        FIGURES[name](run)
 
 
 def read_codes(path):
@@ -517,32 +519,37 @@ def read_codes(path):
 
 
 def main(argv=None):
-    """Scores runs or codes and prints the table; returns the list of results. ValueError or OSError: one sentence."""
+    """Scores runs or codes and prints a table, or draws figures; returns the list of results.
+
+    Raises ValueError or OSError with one clear sentence.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders that train.py wrote")
     parser.add_argument("--codes", metavar="FILE", help="an .npz file with arrays z (n, N) and y (n, K) to score")
     parser.add_argument("--metrics", type=lambda text: text.split(","), default=list(METRICS),
                         help=f"some of {','.join(METRICS)} [all]")
-    parser.add_argument("--data", help="another data file to score the runs on")
+    parser.add_argument("--figures", nargs="*", choices=FIGURES, help="draw these figures, or all, instead of scoring")
+    parser.add_argument("--data", help="another data file to look at with the runs")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps [the first of cuda, mps, cpu that is there]")
     args = parser.parse_args(argv)
     unknown = set(args.metrics) - set(METRICS)
-    if unknown or bool(args.runs) == bool(args.codes):
-        raise ValueError(f"unknown metric {', '.join(unknown)}: choose from {', '.join(METRICS)}" if unknown else
-                         "name run folders, or codes with --codes FILE, and not both")
+    if unknown:
+        raise ValueError(f"unknown metric {', '.join(unknown)}: choose from {', '.join(METRICS)}")
+    if bool(args.runs) == bool(args.codes):
+        raise ValueError("name run folders, or codes with --codes FILE, and not both")
+    results = []
     if args.codes:
         scores, seconds = score_codes(*read_codes(args.codes), args.metrics)
-        scores.pop("importance", None)
         results = [dict(data=args.codes, settings={}, scores=scores, seconds=seconds)]
-    else:
-        results = [score_run(folder, args) for folder in args.runs]
-    table(results)
+    for run in (Run(folder, args.data, args.device) for folder in args.runs):
+        if args.figures is None:
+            results.append(score_run(run, args.metrics))
+        else:
+            draw(run, args.figures)
+    if results:
+        table(results)
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    train.end_with(main)
