@@ -263,7 +263,7 @@ def open_hdf5(path):
         if not fits:
             have = f"{found.shape} {found.dtype}" if isinstance(found, h5py.Dataset) else "nothing of that kind"
             file.close()
-            raise ValueError(f"{path}: `{name}` must be {wanted}, and there is {have}: this is not 3dshapes.h5's layout")
+            raise ValueError(f"{path}: `{name}` must be {wanted}, and there is {have}: not 3dshapes.h5's layout")
     return file
 
 
@@ -306,7 +306,7 @@ def unpack(source, target):
     except BaseException as error:                                  # also KeyboardInterrupt: leave nothing half-made
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and "unpacking needs" not in str(error):
-            raise OSError(f"could not unpack into {target} ({error}): the source may be damaged or the disk full") from None
+            raise OSError(f"could not unpack into {target} ({error}): damaged source, or full disk?") from None
         raise
 
 
@@ -323,7 +323,7 @@ class HDF5(Dataset):
         with open_hdf5(path) as file:
             images, labels = file["images"], file["labels"]
             if len(images) != len(labels):
-                raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels: this is not 3dshapes.h5's layout")
+                raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels: not 3dshapes.h5's layout")
             sizes = factor_sizes_of(labels[:], path)
             names = FACTOR_NAMES if len(sizes) == 6 else [f"factor_{k}" for k in range(len(sizes))]
             super().__init__("built-in world" if file.attrs.get("source") == SOURCE else "Shapes3D", names, sizes)

@@ -90,6 +90,14 @@ class Diffusion(nn.Module):
         mean = at(self.posterior_x0, t, x_t) * x_0 + at(self.posterior_xt, t, x_t) * x_t
         return mean, at(self.posterior_variance, t, x_t)
 
+    def kl_to_noise(self, mean_square=1.0):
+        """KL(q(x_t | x_0) || N(0, I)) per dimension, (T,): what x_t still knows (EncDiff's bottleneck analysis).
+
+        Closed form for two Gaussians; mean_square: E[x_0^2] of the latents, 1 for ours. The paper's figure
+        shows twice this for 67.6, as its shares and heights tell.
+        """
+        return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
+
     def loss(self, denoise, x_0, t, eps, kind="l1"):
         """The simple loss (DDPM equation 14; EncDiff's only loss): how far the predicted noise is off.
 

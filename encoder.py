@@ -6,7 +6,7 @@ at once), and as a third kind slot attention (Locatello et al. 2020, algorithm 1
 not use. The trunk of convolutions is shared by all three. With the defaults, the paper's Shapes3D
 setting (N = 20, D = 16), it has about 1.37 M parameters. No loss ever acts on the tokens.
 
-Exports: ConceptEncoder.
+Exports: ConceptEncoder, principal_directions, number_coder.
 
 Letters:  B batch, C channels, H, W height and width (of the trunk's map: 4x4 for 64x64 pictures),
 L = H * W places, N concept tokens, D token dimension.
@@ -132,6 +132,31 @@ class SlotTokens(nn.Module):
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(updates)       # (B, N, C)
             slots = slots + self.mlp(self.norm_mlp(slots))                              # (B, N, C)
         return self.to_tokens(slots)                                                    # (B, N, D)
+
+
+# ---- codes: one number for each token --------------------------------------------------------------
+
+def principal_directions(tokens):
+    """Each token's first principal direction, by which one number can stand for a vector (EncDiff's authors).
+
+    tokens: (n, N, D). Returns mean (N, D) and direction (N, D) of unit length, its largest entry positive.
+    """
+    mean = tokens.mean(0)                                                               # (N, D)
+    centred = (tokens - mean).transpose(0, 1)                                           # (N, n, D)
+    direction = torch.linalg.eigh(centred.transpose(1, 2) @ centred).eigenvectors[..., -1]      # (N, D)
+    largest = direction.gather(1, direction.abs().argmax(1, keepdim=True))              # (N, 1)
+    return mean, direction * largest.sign()
+
+
+def number_coder(encoder, sample):
+    """A function images (B, 3, H, W) -> codes (B, N): the scalars of scalar tokens, else principal components.
+
+    sample: an iterable of image batches, over which the components are found; not looked at for scalars.
+    """
+    if encoder.kind == "scalar":
+        return encoder.scalars
+    mean, direction = principal_directions(torch.cat([encoder(images) for images in sample]))
+    return lambda images: ((encoder(images) - mean) * direction).sum(-1)                # (B, N, D) -> (B, N)
 
 
 # ---- encoder --------------------------------------------------------------------------------------

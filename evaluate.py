@@ -1,19 +1,19 @@
 """The scores of disentanglement and the pictures: reads a finished run, or anybody's codes.
 
-    python evaluate.py RUN [RUN ...]            # scores and pictures of run folders, one table
+    python evaluate.py RUN [RUN ...]            # scores of run folders in one table, and two pictures of each
+    python evaluate.py RUN --figures [NAME ...] # the paper's pictures and its bottleneck analysis
     python evaluate.py --codes FILE.npz         # scores of arrays z (n, N) and y (n, K), no model needed
 
-Implements the FactorVAE score (Kim and Mnih 2018), DCI (Eastwood and Williams 2018), MIG (Chen et al.
-2018) and the beta-VAE score (Higgins et al. 2017) with the protocol that EncDiff's authors use. The
-functions of the first half work on plain arrays and can be copied without the rest.
-
-Exports: dci, factor_vae_score, beta_vae_score, mig, principal_directions, Run, main.
+Implements the FactorVAE score, DCI, MIG and the beta-VAE score with the protocol of EncDiff's authors; the
+functions of the first half work on plain arrays and can be copied without the rest. Then the figures.
+Exports: dci, factor_vae_score, beta_vae_score, mig, Run, main.
 
 Letters:  n points (images), N codes, K factors, C classes (values of one factor), V bins of a code,
 M nodes of a tree's level, B batch, D token dimension, Z, h, w the latent's channels and sides.
 """
 import argparse
 import dataclasses
+import inspect
 import json
 import math
 import time
@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 import train
 from data import open_dataset
-from diffusion import Diffusion
+from diffusion import SCHEDULES, Diffusion
+from encoder import number_coder
 
-
-# ---- checks ---------------------------------------------------------------------------------------
 
 def checked(z, y, points=1):
     """z (n, N) as float32 and y (n, K) as class numbers 0.. of int64, or ValueError with one sentence."""
@@ -60,8 +59,9 @@ def entropy(p, base):
 class Bins:
     """Codes cut into at most V bins each, so that a tree only has to look at V - 1 thresholds.
 
-    A code with few values keeps each in a bin of its own. A histogram over all bins of all codes is a sum
-    of rows of a table (n, columns), the rows of each bin: an embedding bag, PyTorch's name for just that.
+    A code with few values keeps each in a bin of its own. A histogram over all bins of all codes is a sum of
+    the rows of a table that are in each bin: an embedding bag, in PyTorch's words.
+    DEVIATION: at most V - 1 thresholds a code (scikit-learn, which the authors call, tries all).
     """
 
     def __init__(self, z, V):
@@ -95,10 +95,10 @@ class Bins:
 def best_splits(bins, residual, node, parents):
     """The best split of every node of one level of C trees: the largest decrease of squared error (Friedman 2001).
 
-    residual, node: (n, C), the trees' targets and the node 0..M-1 each point is in. parents: the third value
-    returned for the level above, None at the top. Only left children are summed, their siblings are what is
-    left of the parent. Returns the decrease (M, C) (0: nothing to split), the code and the bin up to which
-    points go left, as a pair of (M, C), and the cumulative sums (N, V, 2, M, C).
+    residual, node: (n, C), the trees' targets and the node 0..M-1 of each point. parents: the third value
+    returned for the level above (None at the top), from which only left children need be taken to know the
+    right. Returns the decrease (M, C) (0: nothing to split), a pair of (M, C), the code and the bin up to
+    which points go left, and the sums (N, V, 2, M, C) over all bins up to each.
     """
     n, C = residual.shape
     lefts = 1 if parents is None else parents.shape[3]
@@ -115,41 +115,35 @@ def best_splits(bins, residual, node, parents):
     return best, (place // bins.V, torch.where(best > 1e-9, place % bins.V, bins.V)), below
 
 
-def boost(bins, test_index, y, C, rounds=100, depth=3, rate=0.1):
+def boost(bins, index, y, C, rounds=100, depth=3, rate=0.1):
     """Gradient-boosted classification trees (Friedman 2001, algorithm 6), with scikit-learn's conventions.
 
-    bins: of the training codes; test_index: (n_test, N) from bins.of; y: (n,) int64 classes 0..C-1. All
-    trees of a round are grown together, one a class (one in all for two classes). Returns the importance
-    of each code (N,), its mean decrease of squared error over all trees, and the classes predicted for
-    training and test points.
+    bins: of the n training codes; index: (n + n_test, N) from bins.of, training points first; y: (n,) int64
+    classes 0..C-1. All trees of a round are grown together, one a class (one in all for two classes).
+    Returns the importance of each code (N,), its mean decrease of squared error over all trees, and the
+    class predicted for every point (n + n_test,).
     """
-    n, N = bins.index.shape
-    prior = torch.bincount(y, minlength=C).float() / n                                  # (C,)
+    n, newton = len(y), (C - 1) / C if C > 2 else 1.0
     one_hot = F.one_hot(y, C).float()                                                   # (n, C)
-    start = prior.clamp(min=1e-12).log()
+    start = one_hot.mean(0).clamp(min=1e-12).log()                                      # (C,)
     if C == 2:                                                      # one tree: the log odds of class 1
-        start, one_hot = (start[1] - start[0])[None], one_hot[:, 1:]
-    scores = [start.repeat(len(index), 1) for index in (bins.index, test_index)]        # (n, C) and (n_test, C)
-    newton = (C - 1) / C if C > 2 else 1.0
-    importance = torch.zeros(N)
+        start, one_hot = start[1:] - start[:1], one_hot[:, 1:]
+    scores, importance = start.repeat(len(index), 1), torch.zeros(index.shape[1])       # (n + n_test, C), (N,)
     for _ in range(rounds):
-        p = scores[0].softmax(1) if C > 2 else scores[0].sigmoid()                      # (n, C)
+        p = scores[:n].softmax(1) if C > 2 else scores[:n].sigmoid()                    # (n, C)
         residual = one_hot - p                                                          # minus the loss's gradient
-        nodes = [torch.zeros_like(s, dtype=torch.int64) for s in scores]
-        sums = None
+        node, sums = torch.zeros_like(scores, dtype=torch.int64), None                  # (n + n_test, C)
         for _ in range(depth):
-            decrease, (code, threshold), sums = best_splits(bins, residual, nodes[0], sums)     # (M, C) each
+            decrease, (code, threshold), sums = best_splits(bins, residual, node[:n], sums)     # (M, C) each
             importance.index_add_(0, code.flatten(), decrease.flatten() / n)
-            for i, index in enumerate((bins.index, test_index)):
-                value = index.gather(1, code.gather(0, nodes[i]))                       # (n, C) bin of the code asked for
-                nodes[i] = 2 * nodes[i] + (value > threshold.gather(0, nodes[i]))       # left 2m, right 2m + 1
+            value = index.gather(1, code.gather(0, node))           # (n + n_test, C), bin of the code asked for
+            node = 2 * node + (value > threshold.gather(0, node))                       # left 2m, right 2m + 1
         leaves = torch.zeros(2 ** depth, residual.shape[1])                             # (leaves, C)
-        top = leaves.scatter_add(0, nodes[0], residual)
-        bottom = leaves.scatter_add(0, nodes[0], p * (1 - p))
+        top = leaves.scatter_add(0, node[:n], residual)
+        bottom = leaves.scatter_add(0, node[:n], p * (1 - p))
         step = torch.where(bottom > 1e-12, newton * top / bottom, 0)                    # one Newton step a leaf
-        scores = [s + rate * step.gather(0, node) for s, node in zip(scores, nodes)]
-    guess = [s.argmax(1) if C > 2 else (s[:, 0] > 0).long() for s in scores]
-    return importance.numpy(), guess[0], guess[1]
+        scores += rate * step.gather(0, node)
+    return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
 
 
 def dci(z_train, y_train, z_test, y_test, V=256):
@@ -160,24 +154,22 @@ def dci(z_train, y_train, z_test, y_test, V=256):
     accuracy, [0, 1]) and importance (N, K), whose columns sum to 1. Deterministic. Two codes that are
     copies share nothing: the first takes all the importance (scikit-learn draws lots). Raises ValueError.
     """
-    n = len(np.asarray(z_train))
+    n = len(z_train)
     z, y = checked(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
     bins = Bins(z[:n], V)
-    test_index, accuracy, importance = bins.of(z[n:]), [], []
+    index, right, importance = bins.of(z), [], []
     for column in torch.from_numpy(y).t():
-        gain, guess_train, guess_test = boost(bins, test_index, column[:n], int(column.max()) + 1)
+        gain, guess = boost(bins, index, column[:n], int(column.max()) + 1)
         importance.append(gain / gain.sum() if gain.any() else gain)
-        accuracy.append([(guess_train == column[:n]).float().mean().item(),
-                         (guess_test == column[n:]).float().mean().item()])
-    R = np.stack(importance, axis=1)                                                    # (N, K)
+        right.append(guess == column)
+    R, right = np.stack(importance, axis=1), torch.stack(right).double()                # (N, K), (K, n + n_test)
     N, K = R.shape
     share = R.sum(1) / R.sum() if R.any() else np.full(N, 1 / N)                        # (N,) of each code
     disentanglement = (share * (1 - entropy(R + 1e-11, K))).sum()
     share = R.sum(0) / R.sum() if R.any() else np.full(K, 1 / K)                        # (K,) of each factor
     completeness = (share * (1 - entropy(R.T + 1e-11, N))).sum()
-    train, test = np.mean(accuracy, axis=0)
-    return dict(disentanglement=float(disentanglement), completeness=float(completeness),
-                informativeness_train=float(train), informativeness_test=float(test), importance=R)
+    return dict(disentanglement=float(disentanglement), completeness=float(completeness), importance=R,
+                informativeness_train=right[:, :n].mean().item(), informativeness_test=right[:, n:].mean().item())
 
 
 # ---- the other scores -----------------------------------------------------------------------------
@@ -191,10 +183,9 @@ def sharing(column, values, rng):
 def factor_vae_score(z, y, seed=0, votes=(10000, 5000), batch=64, points=10000, least=0.05):
     """FactorVAE score (Kim and Mnih 2018, section 4). z: codes (n, N) float; y: factors (n, K) int.
 
-    A vote: `batch` rows that share the value of one factor elect the code that varies least among them,
-    relative to its standard deviation over `points` rows; codes whose deviation is under `least` cannot be
-    elected. votes: how many learn which factor each code stands for, and how many test it. Returns the
-    accuracy of the test votes, [0, 1]; 0 if no code is left. Raises ValueError.
+    A vote: `batch` rows that share the value of one factor elect the code that varies least among them, relative
+    to its standard deviation over `points` rows, which must be `least` or more. votes: how many learn which factor
+    each code stands for, how many test it. Returns the latter's accuracy, [0, 1]; 0 without codes. ValueError.
     """
     z, y = checked(z, y)
     rng = np.random.default_rng(seed)
@@ -234,8 +225,8 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(linear(x[:points[0]]), target[:points[0]])
-        loss = loss + linear.weight.square().sum() / (2 * points[0])                    # as scikit-learn's C = 1
+        penalty = linear.weight.square().sum() / (2 * points[0])                        # as scikit-learn's C = 1
+        loss = F.cross_entropy(linear(x[:points[0]]), target[:points[0]]) + penalty
         loss.backward()
         return loss
 
@@ -268,49 +259,34 @@ def mig(z, y, seed=0, points=10000, n_bins=20):
     return float(np.mean(gaps))
 
 
-def principal_directions(tokens):
-    """Each token's first principal direction, by which one number can stand for a vector (EncDiff's authors).
-
-    tokens: (n, N, D). Returns mean (N, D) and direction (N, D) of unit length, its largest entry positive.
-    """
-    mean = tokens.mean(0)                                                               # (N, D)
-    centred = (tokens - mean).transpose(0, 1)                                           # (N, n, D)
-    direction = torch.linalg.eigh(centred.transpose(1, 2) @ centred).eigenvectors[..., -1]      # (N, D)
-    largest = direction.gather(1, direction.abs().argmax(1, keepdim=True))              # (N, 1)
-    return mean, direction * largest.sign()
-
-
-PROTOCOL = dict(dci_points=(10000, 5000), factor_vae_votes=(10000, 5000), beta_vae_points=(10000, 5000), batch=64,
-                variance_points=10000, mig_points=10000, mig_bins=20, psnr_images=256, ddim_steps=50, ddim_eta=0)
-
-
-def dci_scores(z, y, seed=0):
-    """dci of 10,000 training and 5,000 test rows, drawn without replacement."""
-    n_train, n_test = PROTOCOL["dci_points"]
-    z, y = checked(z, y, n_train + n_test)
-    rows = np.random.default_rng(seed).choice(len(z), n_train + n_test, replace=False)
-    return dci(z[rows[:n_train]], y[rows[:n_train]], z[rows[n_train:]], y[rows[n_train:]])
+def dci_scores(z, y, seed=0, points=(10000, 5000)):
+    """dci of as many training and test rows, drawn without replacement."""
+    z, y = checked(z, y, sum(points))
+    rows = np.random.default_rng(seed).choice(len(z), sum(points), replace=False)
+    return dci(z[rows[:points[0]]], y[rows[:points[0]]], z[rows[points[0]:]], y[rows[points[0]:]])
 
 
 METRICS = {"factor_vae": factor_vae_score, "dci": dci_scores, "mig": mig, "beta_vae": beta_vae_score}
+PSNR_IMAGES, DDIM_STEPS, ETA = 256, 50, 0.0
 
 
 def score_codes(z, y, metrics, seed=0):
-    """The named metrics of codes z (n, N) with factors y (n, K). Returns scores and the seconds each took."""
-    scores, seconds = {}, {}
+    """The named metrics of codes z (n, N) with factors y (n, K): scores, the protocol's constants, and seconds."""
+    scores, protocol, seconds = {}, {}, {}
     for name in metrics:
         started = time.monotonic()
         result = METRICS[name](z, y, seed)
         scores.update(result if isinstance(result, dict) else {name: result})
+        defaults = inspect.signature(METRICS[name]).parameters.values()
+        protocol[name] = {p.name: p.default for p in defaults if p.name not in ("z", "y", "seed")}
         seconds[name] = round(time.monotonic() - started, 2)
-    return scores, seconds
+    return scores, protocol, seconds
 
 
 # ---- a finished run -------------------------------------------------------------------------------
 
 class Run:
     """A finished run, from its folder alone. data: another data file to look at with it."""
-
     def __init__(self, folder, data=None, device="auto"):
         self.folder, self.data, self.device = Path(folder), data, train.choose_device(device)
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
@@ -322,6 +298,10 @@ class Run:
         """index: (B,) ints. Returns (B, 3, 64, 64) in [-1, 1]."""
         return self.ds.images(index).to(self.device)
 
+    def noise(self, shape):
+        """Standard normal numbers, always the same, on every device."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
     def rows(self, n, seed=0):
         """Numbers of n different images, in the order drawn: (n,) int64."""
         return np.random.default_rng(seed).choice(len(self.ds), n, replace=False)
@@ -329,8 +309,7 @@ class Run:
     def codes(self, batch_size=512):
         """One number for each token and image: z (n, N) float32, and the factors y (n, K) of these images.
 
-        All images (settings.score_images of them, if that is not 0); kept in the run folder and read from
-        there the next time. Vector and slot tokens stand on their first principal component.
+        All images, or settings.score_images of them; kept in the run folder and read from there the next time.
         """
         n = min(self.settings.score_images or len(self.ds), len(self.ds))
         index = np.arange(n) if n == len(self.ds) else np.sort(self.rows(n))
@@ -339,13 +318,9 @@ class Run:
             z = np.load(kept)
             if z.shape == (n, self.settings.tokens):
                 return z, y
-        number = self.encoder.scalars
-        if self.settings.encoder != "scalar":
-            some = np.array_split(self.rows(min(n, 10000)), 40)
-            mean, direction = principal_directions(torch.cat([self.encoder(self.images(part)) for part in some]))
-            number = lambda images: ((self.encoder(images) - mean) * direction).sum(-1)     # (B, N, D) -> (B, N)
+        code = number_coder(self.encoder, (self.images(part) for part in np.array_split(self.rows(min(n, 10000)), 40)))
         parts = np.array_split(index, -(-n // batch_size))
-        z = torch.cat([number(self.images(part)).cpu() for part in tqdm(parts, desc="codes", unit="batch")]).numpy()
+        z = torch.cat([code(self.images(part)).cpu() for part in tqdm(parts, desc="codes", unit="batch")]).numpy()
         if self.data is None:
             train.write_whole(kept, lambda path: np.save(path, z))
         return z, y
@@ -356,12 +331,11 @@ class Run:
         DEVIATION: DDIM with eta 0 from one starting noise for all (the authors' pictures: eta 1), so that
         pictures differ only where their tokens do.
         """
-        side, generator = self.ds.image_size // self.vae.factor, torch.Generator().manual_seed(0)
-        noise = torch.randn(1, self.settings.latent_channels, side, side, generator=generator).to(self.device)
-        pictures = []
+        side, pictures = self.ds.image_size // self.vae.factor, []
+        noise = self.noise((1, self.settings.latent_channels, side, side))
         for part in tqdm(tokens.split(128), desc=desc, leave=False):
-            x_0 = self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, part), noise.repeat(len(part), 1, 1, 1),
-                                             PROTOCOL["ddim_steps"], PROTOCOL["ddim_eta"])
+            x_T = noise.repeat(len(part), 1, 1, 1)                                      # (B, Z, h, w)
+            x_0 = self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, part), x_T, DDIM_STEPS, ETA)
             pictures.append(self.vae.decode(x_0).clamp(-1, 1))                          # (B, 3, 64, 64)
         return torch.cat(pictures)
 
@@ -370,7 +344,6 @@ class Run:
 
 class Canvas:
     """A white sheet and the few things that figures need. box: (x, y, width, height) in pixels."""
-
     def __init__(self, width, height):
         self.image = Image.new("RGB", (int(width), int(height)), "white")
         self.pen = ImageDraw.Draw(self.image)
@@ -378,34 +351,42 @@ class Canvas:
     def text(self, x, y, text, anchor="mm", colour="black"):
         self.pen.text((x, y), text, colour, FONT, anchor)
 
-    def pictures(self, x, y, row):
-        """A row of pictures, (columns, 3, H, W) in [-1, 1], GAP pixels apart."""
-        pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-        for j, picture in enumerate(pixels):
-            self.image.paste(Image.fromarray(picture), (int(x) + j * (row.shape[-1] + GAP), int(y)))
+    def axes(self, box, x_ticks, y_ticks, x_label="", title="", curves=()):
+        """A frame. Ticks: pairs (label, place), place 0 left or bottom, 1 right or top. curves: (places, colour)."""
+        x, y, w, h = box
+        self.pen.rectangle((x, y, x + w, y + h), outline="black")
+        for label, place in x_ticks:
+            self.pen.line((x + place * w, y + h, x + place * w, y + h + 4), "black")
+            self.text(x + place * w, y + h + 12, label)
+        for label, place in y_ticks:
+            self.pen.line((x - 4, y + h - place * h, x, y + h - place * h), "black")
+            self.text(x - 8, y + h - place * h, label, "rm")
+        for places, colour in curves:                               # evenly spaced from left to right
+            self.pen.line([(x + i / len(places) * w, y + h - v * h) for i, v in enumerate(places)], colour, 2)
+        self.text(x + w / 2, y + h + 30, x_label), self.text(x + w / 2, y - 12, title)
 
 
 FONT, GAP = ImageFont.load_default(13), 2
+COLOURS = {"linear": "#1f77b4", "sqrt_linear": "#ff7f0e", "sqrt": "#2ca02c", "cosine": "#d62728"}
+T_TICKS = [(str(t), t / 1000) for t in range(0, 1001, 200)]
 
 
-def draw_grid(path, rows, labels, corner=None, notes=()):
-    """Writes a PNG: `rows` of pictures, each (columns, 3, H, W) in [-1, 1], with a label left of it.
+def grid(rows, labels, notes=()):
+    """A sheet of `rows` of pictures, each (columns, 3, H, W) in [-1, 1], with its label left of it; an Image.
 
-    corner: a picture (3, H, W) right of the first label. notes: lines of text below. The cell (i, j) is at
-    x = left + j (W + 2), y = i (H + 2), where left is the sheet's width - columns (W + 2). Returns the sheet.
+    All rows end at the right edge: picture j of row i begins at x = width - (columns_i - j) (W + 2),
+    y = i (H + 2). notes: lines of text below.
     """
-    columns, _, H, W = rows[0].shape
-    extra = [W + 8 if corner is not None and i == 0 else 0 for i in range(len(rows))]
-    left = int(max(FONT.getlength(label) + e for label, e in zip(labels, extra))) + 12
-    sheet = Canvas(left + columns * (W + GAP), len(rows) * (H + GAP) + 18 * len(notes))
+    H, W = (side + GAP for side in rows[0].shape[2:])
+    width = int(max(FONT.getlength(label) + len(row) * W for row, label in zip(rows, labels))) + 20
+    sheet = Canvas(width, len(rows) * H + 18 * len(notes))
     for i, (row, label) in enumerate(zip(rows, labels)):
-        sheet.text(left - 8 - extra[i], i * (H + GAP) + H // 2, label, "rm")
-        sheet.pictures(left, i * (H + GAP), row)
-    if corner is not None:
-        sheet.pictures(left - W - 8, 0, corner[None])
+        sheet.text(width - len(row) * W - 8, i * H + H // 2, label, "rm")
+        pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+        for j, picture in enumerate(pixels):
+            sheet.image.paste(Image.fromarray(picture), (width - (len(row) - j) * W, i * H))
     for i, note in enumerate(notes):
-        sheet.text(left, len(rows) * (H + GAP) + 18 * i + 9, note, "lm")
-    sheet.image.save(path)
+        sheet.text(width - 8, len(rows) * H + 18 * i + 9, note, "rm")
     return sheet.image
 
 
@@ -413,14 +394,15 @@ def draw_grid(path, rows, labels, corner=None, notes=()):
 
 def reconstruction(run):
     """Originals, autoencoder only, rebuilt from tokens, difference. Returns mse (pixels in [0, 1]) and psnr (dB)."""
-    images = run.images(run.rows(PROTOCOL["psnr_images"], seed=1))                      # (B, 3, 64, 64)
+    images = run.images(run.rows(PSNR_IMAGES, seed=1))                                  # (B, 3, 64, 64)
     rebuilt = run.decode(run.encoder(images), "reconstruction")                         # (B, 3, 64, 64)
     first_stage = run.vae.decode(run.vae.encode(images)).clamp(-1, 1)                   # (B, 3, 64, 64)
     mse = [((x - images) / 2).square().mean().item() for x in (first_stage, rebuilt)]
     notes = [f"{name}: MSE {e:.5f}, PSNR {-10 * math.log10(e):.1f} dB ({len(images)} pictures)"
              for name, e in zip(("autoencoder only", "from tokens"), mse)]
-    draw_grid(run.folder / "reconstruction.png", [x[:10] for x in (images, first_stage, rebuilt, rebuilt - images)],
-              ["original", "autoencoder only", "from tokens", "difference"], notes=notes)
+    sheet = grid([x[:10] for x in (images, first_stage, rebuilt, rebuilt - images)],
+                 ["original", "autoencoder only", "from tokens", "difference"], notes)
+    sheet.save(run.folder / "reconstruction.png")
     return dict(mse=mse[1], psnr=-10 * math.log10(mse[1]))
 
 
@@ -448,50 +430,127 @@ def swap(run, columns=8):
     for row, n in enumerate(used + idle):
         edits[row + 1, :, n] = target[:, n]
     pictures = run.decode(edits.flatten(0, 1), "swap").unflatten(0, (-1, columns))      # (1 + N, columns, 3, H, W)
-    draw_grid(run.folder / "swap.png", [images[1:], *pictures],
-              ["target", "sources, rebuilt", *(names[n] for n in used + idle)], corner=images[0])
+    names = ["target, sources", "sources, rebuilt", *(names[n] for n in used + idle)]
+    grid([images, *pictures], names).save(run.folder / "swap.png")
 
 
-FIGURES = {f.__name__: f for f in (reconstruction, swap)}
+def traversal(run, columns=9):
+    """One row a used token: its scalar goes from the 1st to the 99th percentile over the data; also as a GIF."""
+    used, _, names = token_names(run)
+    z = torch.from_numpy(np.quantile(run.codes()[0][:, used], np.linspace(0.01, 0.99, columns), axis=0)).float()
+    base = run.encoder.scalars(run.images(run.rows(1, seed=3)))                         # (1, N)
+    edits = base.repeat(len(used), columns, 1)                                          # (rows, columns, N)
+    for row, n in enumerate(used):
+        edits[row, :, n] = z[:, row].to(edits)
+    pictures = run.decode(run.encoder.tokens_of(edits.flatten(0, 1)), "traversal").unflatten(0, (-1, columns))
+    labels = [names[n] for n in used]
+    grid(pictures, labels).save(run.folder / "traversal.png")
+    frames = [grid(pictures[:, [j]], labels) for j in [*range(columns), *range(columns - 2, 0, -1)]]
+    frames[0].save(run.folder / "traversal.gif", save_all=True, append_images=frames[1:], duration=150, loop=0)
+
+
+def attention(run, count=3):
+    """Each used token's cross-attention map over pictures, mean over heads and layers, for three ranges of t."""
+    images = run.images(run.rows(count, seed=4))                                        # (count, 3, 64, 64)
+    again = lambda x: x.repeat_interleave(9, 0)                     # nine t for every picture
+    x_0, tokens = again(run.vae.encode(images)), again(run.encoder(images))
+    shares = []                                                     # one (count, N, 64, 64) for each range of t
+    for lowest in (667, 333, 0):
+        maps, t = [], torch.arange(lowest, lowest + 333, 37, device=run.device).repeat(count)
+        run.unet(run.diffusion.q_sample(x_0, t, run.noise(x_0.shape)), t, tokens, maps)
+        maps = [m.unflatten(0, (count, 9)).mean((1, 2)).transpose(1, 2) for m in maps]  # (count, N, L) each
+        maps = [m.unflatten(2, (math.isqrt(m.shape[2]), -1)) for m in maps]             # (count, N, H, W) each
+        shares.append(torch.stack([F.interpolate(m, images.shape[-2:], mode="bilinear") for m in maps]).mean(0))
+    shares = torch.cat(shares).transpose(0, 1)[:, :, None]                              # (N, 3 count, 1, 64, 64)
+    used, _, names = token_names(run)
+    red = torch.tensor([1.0, -0.6, -1.0], device=run.device)[:, None, None]             # (3, 1, 1)
+    grey = (0.5 * images.mean(1, keepdim=True) + 0.3).repeat(3, 3, 1, 1)                # (3 count, 3, 64, 64)
+    rows = [torch.lerp(grey, red, 0.8 * shares[n] / shares[n].max()) for n in used]
+    sheet = grid([images.repeat(3, 1, 1, 1), *rows], ["picture", *(names[n] for n in used)],
+                 ["from left to right: early, middle and late in sampling (t from 999, 666 and 333 down)"])
+    sheet.save(run.folder / "attention.png")
+
+
+def bottleneck(run):
+    """The paper's bottleneck curve for the four schedules, with our latents and at the paper's scale; also as CSV."""
+    sheet, head, columns = Canvas(860, 330), ["t"], [np.arange(1000)]
+    for i, (mean_square, factor, title) in enumerate([(1.0, 1, "unit-variance latents, as trained"),
+                                                      (67.6, 2, "mean square 67.6, times 2: the paper's figure")]):
+        kl = {name: factor * Diffusion(name).kl_to_noise(mean_square).numpy() for name in SCHEDULES}
+        top, box = math.ceil(max(values.max() for values in kl.values())), (60 + 420 * i, 30, 350, 230)
+        sheet.axes(box, T_TICKS, [(f"{top * v / 4:g}", v / 4) for v in range(5)], "t", title,
+                   [(values / top, COLOURS[name]) for name, values in kl.items()])
+        for j, name in enumerate(kl):
+            sheet.text(box[0] + 330, 50 + 18 * j, name, "rm", COLOURS[name])
+        head, columns = head + [f"{name}_{mean_square:g}" for name in kl], columns + list(kl.values())
+    sheet.image.save(run.folder / "bottleneck.png")
+    np.savetxt(run.folder / "bottleneck.csv", np.stack(columns, 1), "%.6g", ",", header=",".join(head), comments="")
+
+
+def rise_of_loss(run, levels, count=64):
+    """How much worse the noise prediction gets, (N, levels), when one token is another picture's: L1 at each t."""
+    images = run.images(run.rows(count, seed=5))                                        # (B, 3, 64, 64)
+    x_0, tokens, losses = run.vae.encode(images), run.encoder(images), []
+    eps, N = run.noise(x_0.shape), tokens.shape[1]
+    for level in tqdm(levels, desc="when", leave=False):
+        t = torch.full((count,), level, device=run.device)                              # (B,)
+        for n in range(N + 1):                                      # the last time, nothing is exchanged
+            edited = tokens.clone()
+            edited[:, n:n + 1] = tokens.roll(1, 0)[:, n:n + 1]
+            losses.append(run.diffusion.loss(lambda x, t: run.unet(x, t, edited), x_0, t, eps).item())
+    losses = np.array(losses).reshape(-1, N + 1).T                                      # (N + 1, levels)
+    return losses[:N] - losses[N]
+
+
+def when(run):
+    """Which token matters when: a heat map tokens x t of rise_of_loss, below the bottleneck curve."""
+    rise, kl = rise_of_loss(run, range(25, 1000, 50)), run.diffusion.kl_to_noise().cpu().numpy()
+    used, idle, names = token_names(run)
+    order, top, colour = used + idle, rise.max(), COLOURS[run.settings.schedule]
+    sheet, height = Canvas(700, 270 + 18 * len(names)), 18 * len(names)
+    sheet.axes((190, 30, 480, 110), [], [("0", 0), (f"{kl.max():.1f}", 1)],
+               title=f"bottleneck: KL per dimension, {run.settings.schedule}", curves=[(kl / kl.max(), colour)])
+    shade = 255 - np.clip(rise[order] / top, 0, 1)[..., None] * np.array([235, 185, 115])       # white to dark blue
+    sheet.image.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((480, height), Image.NEAREST), (190, 190))
+    sheet.axes((190, 190, 480, height), T_TICKS, [(names[n], 1 - (i + 0.5) / len(order)) for i, n in enumerate(order)],
+               "t", f"rise of the loss when the token is another picture's (dark: {top:.3f})")
+    sheet.image.save(run.folder / "when.png")
+
+
+FIGURES = {f.__name__: f for f in (reconstruction, swap, traversal, attention, bottleneck, when)}
 
 
 # ---- the command ----------------------------------------------------------------------------------
 
 COLUMNS = {"factor_vae": "FactorVAE", "disentanglement": "DCI D", "completeness": "DCI C",
            "informativeness_test": "DCI I", "mig": "MIG", "beta_vae": "beta-VAE", "psnr": "PSNR"}
-NOT_A_SETTING = ("seed", "out", "device", "checkpoint_minutes", "vae", "score_images")
 
 
 def table(results):
     """Prints one line for each setting among the results: the mean over its seeds, +- their deviation, and n."""
-    settings = [{k: v for k, v in r["settings"].items() if k not in NOT_A_SETTING} for r in results]
-    differ = [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)]
-    lines = {}
+    settings = [{k: v for k, v in r["settings"].items() if k not in train.NOT_COMPARED} for r in results]
+    differ, lines = [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)], {}
     for r, s in zip(results, settings):
         lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append(r["scores"])
-    columns, width = [c for c in COLUMNS if any(c in r["scores"] for r in results)], max(map(len, lines))
-    print(f"{'':{width}}  n  " + "  ".join(f"{COLUMNS[c]:>16}" for c in columns))
+    columns, width = [c for c in COLUMNS if c in results[0]["scores"]], max(map(len, lines))
+    print(f"{'':{width}}  n", *(f"{COLUMNS[c]:>16}" for c in columns))
     for key, scores in lines.items():
-        print(f"{key:{width}}  {len(scores)}", end="")
-        for values in ([s[c] for s in scores if c in s] for c in columns):
-            spread = f" +- {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            print(f"  {f'{np.mean(values):.3f}{spread}' if values else '':>16}", end="")
-        print()
+        values = np.array([[s[c] for c in columns] for s in scores])                    # (seeds, columns)
+        spread = [f" +- {v:.3f}" for v in values.std(0, ddof=1)] if len(values) > 1 else [""] * len(columns)
+        print(f"{key:{width}}  {len(values)}", *(f"{f'{m:.3f}{s}':>16}" for m, s in zip(values.mean(0), spread)))
 
 
 def score_run(run, metrics):
     """Scores a run, draws reconstruction.png and swap.png, writes scores.json; returns what that holds."""
     started = time.monotonic()
     z, y = run.codes()
-    seconds = {"codes": round(time.monotonic() - started, 2)}
-    scores, more = score_codes(z, y, metrics, run.settings.seed)
+    scores, protocol, seconds = score_codes(z, y, metrics, run.settings.seed)
     run.importance = scores.pop("importance", None)
-    started = time.monotonic()
-    scores.update(reconstruction(run))
-    seconds.update(more, reconstruction=round(time.monotonic() - started, 2))
-    swap(run)
+    scores.update(reconstruction(run)), swap(run)
+    protocol["psnr"] = dict(images=PSNR_IMAGES, ddim_steps=DDIM_STEPS, eta=ETA)
+    seconds["all"] = round(time.monotonic() - started, 2)           # also the codes and the two pictures
     result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), scores=scores,
-                  seconds=seconds, protocol=PROTOCOL, settings=dataclasses.asdict(run.settings),
+                  seconds=seconds, protocol=protocol, settings=dataclasses.asdict(run.settings),
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
                   factors=run.ds.factor_names,
                   importance=None if run.importance is None else run.importance.round(4).tolist())
@@ -499,53 +558,38 @@ def score_run(run, metrics):
     return result
 
 
-def draw(run, names):
-    """Draws the named figures of a run (all, if none is named) into its folder."""
-    z, y = run.codes()
-    run.importance = dci_scores(z, y, run.settings.seed)["importance"]
-    for name in tqdm(names or FIGURES, desc="figures"):
-        FIGURES[name](run)
-
-
 def read_codes(path):
     """z and y of an .npz file, or OSError or ValueError with one sentence."""
     try:
         with np.load(path) as file:
             return file["z"], file["y"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}") from None
     except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must be an .npz file with arrays z (n, N) and y (n, K): {error}") from None
 
 
 def main(argv=None):
-    """Scores runs or codes and prints a table, or draws figures; returns the list of results.
-
-    Raises ValueError or OSError with one clear sentence.
-    """
+    """Scores runs or codes and prints a table, or draws figures. ValueError or OSError with one clear sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders that train.py wrote")
     parser.add_argument("--codes", metavar="FILE", help="an .npz file with arrays z (n, N) and y (n, K) to score")
-    parser.add_argument("--metrics", type=lambda text: text.split(","), default=list(METRICS),
-                        help=f"some of {','.join(METRICS)} [all]")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="only these scores")
     parser.add_argument("--figures", nargs="*", choices=FIGURES, help="draw these figures, or all, instead of scoring")
     parser.add_argument("--data", help="another data file to look at with the runs")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps [the first of cuda, mps, cpu that is there]")
     args = parser.parse_args(argv)
-    unknown = set(args.metrics) - set(METRICS)
-    if unknown:
-        raise ValueError(f"unknown metric {', '.join(unknown)}: choose from {', '.join(METRICS)}")
     if bool(args.runs) == bool(args.codes):
         raise ValueError("name run folders, or codes with --codes FILE, and not both")
     results = []
     if args.codes:
-        scores, seconds = score_codes(*read_codes(args.codes), args.metrics)
-        results = [dict(data=args.codes, settings={}, scores=scores, seconds=seconds)]
+        scores, protocol, seconds = score_codes(*read_codes(args.codes), args.metrics)
+        results = [dict(data=args.codes, settings={}, scores=scores, protocol=protocol, seconds=seconds)]
     for run in (Run(folder, args.data, args.device) for folder in args.runs):
         if args.figures is None:
             results.append(score_run(run, args.metrics))
-        else:
-            draw(run, args.figures)
+            continue
+        run.importance = dci_scores(*run.codes(), run.settings.seed)["importance"]
+        for name in tqdm(args.figures or FIGURES, desc="figures"):
+            FIGURES[name](run)
     if results:
         table(results)
     return results

@@ -97,11 +97,11 @@ PRESETS = {
     "paper": dict(first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32, patch=1,
                   latent_channels=3, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9), vae_steps=10000,
                   encoder_width=128, encoder_strides=(2, 2, 2, 2), channels=64, multipliers=(1, 2, 4, 4), res_blocks=2,
-                  attention_levels=3, heads=8,
-                  groups=32, steps=37500, batch_size=128, lr=2.56e-4, warmup=10000, decay="none", clip=0.0,
-                  ema=0.9999),
+                  attention_levels=3, heads=8, groups=32, steps=37500, batch_size=128, lr=2.56e-4, warmup=10000,
+                  decay="none", clip=0.0, ema=0.9999),
 }
 MAY_CHANGE = ("out", "device", "steps", "checkpoint_minutes", "score_images")     # when a run is resumed
+NOT_COMPARED = ("seed", "out", "device", "checkpoint_minutes", "score_images", "vae")      # by evaluate.py's table
 
 
 def parse(argv):
@@ -184,7 +184,7 @@ def learning_rate(step, steps, peak, warmup, decay):
 # ---- checkpoints ----------------------------------------------------------------------------------
 
 def write_whole(path, write):
-    """Calls write(temporary path), then renames: the old file stays whole until the new one is. OSError: one sentence."""
+    """Calls write(temporary path), then renames: the old file stays whole until the new one is. Raises OSError."""
     temporary = path.with_name("writing-" + path.name)
     try:
         write(temporary)
@@ -250,7 +250,8 @@ class Log:
         line = {"stage": self.stage, "step": step, "loss": round(loss, 6), "seconds": round(self.seconds, 2)}
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {step * self.batch_size / self.seconds:.0f} images/s", refresh=False)
+        rate = step * self.batch_size / self.seconds
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def due(self):
@@ -387,7 +388,7 @@ def load_run(out, device):
         encoder.load_state_dict(model["encoder"])
         unet.load_state_dict(model["ema"])
     except RuntimeError:
-        raise ValueError(f"{out}: the checkpoints do not fit settings.json; were files of several runs mixed?") from None
+        raise ValueError(f"{out}: its checkpoints do not fit its settings.json: were two runs mixed?") from None
     parts = [part.to(device).eval().requires_grad_(False) for part in (vae, encoder, unet)]
     return s, *parts, model["step"]
 
@@ -411,8 +412,9 @@ def settle(s, resume, given):
     if s.vae:
         other = read_settings(s.vae)
         if (other.data, other.first_stage) != (s.data, s.first_stage):
-            raise ValueError(f"--vae {s.vae}: its first stage is {other.first_stage} on {other.data or 'the built-in world'},"
-                             f" this run wants {s.first_stage} on {s.data or 'the built-in world'}")
+            raise ValueError(f"--vae {s.vae}: its first stage is {other.first_stage} on "
+                             f"{other.data or 'the built-in world'}, this run wants {s.first_stage} on "
+                             f"{s.data or 'the built-in world'}")
         s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})
     return s
 

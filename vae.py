@@ -122,8 +122,8 @@ class Autoencoder(nn.Module):
     def encode(self, images):
         """images: (B, 3, H, W) in [-1, 1]. Returns x_0: (B, Z, h, w), before quantisation, times scale.
 
-        DEVIATION: for KL the mean is taken, not a draw (latent diffusion draws), so that latents can be
-        computed once for all images; at its KL weight the two hardly differ.
+        DEVIATION: for KL the mean is taken, not a draw (latent diffusion draws), so that a picture has one
+        latent; at its KL weight the two hardly differ.
         """
         return self.scale * self.encoder(images).chunk(2 if self.kind == "kl" else 1, dim=1)[0]
 

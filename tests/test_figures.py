@@ -1,0 +1,203 @@
+"""The figures of evaluate.py on a tiny run with random weights: files, layout, and that they show what they say."""
+import csv
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+from diffusion import SCHEDULES
+
+N = 5
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, world):
+    """A run folder with an untrained model in it, opened. Nothing in it is zero, so every token has an effect."""
+    torch.manual_seed(0)
+    s = train.Settings(tokens=N, token_dim=6, channels=8, heads=2, groups=4, vae_channels=8, vae_groups=4,
+                       encoder_width=8, latent_channels=3, device="cpu")
+    vae, (encoder, unet) = train.build_autoencoder(s), train.build_networks(s)
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    with torch.no_grad():
+        encoder.head.to_scalars.weight.mul_(20)
+    train.write_settings(dataclasses.replace(s, out=str(tmp_path)), tmp_path)
+    train.save(tmp_path / "vae.pt", dict(step=1, vae=vae.state_dict()))
+    train.save(tmp_path / "model.pt", dict(step=7, encoder=encoder.state_dict(), unet=unet.state_dict(),
+                                           ema=unet.state_dict()))
+    monkeypatch.setattr(evaluate, "open_dataset", lambda path: world)
+    monkeypatch.setattr(evaluate, "DDIM_STEPS", 3)
+    monkeypatch.setattr(evaluate, "PSNR_IMAGES", 12)
+    run = evaluate.Run(tmp_path, device="cpu")
+    run.codes = lambda: (np.random.default_rng(0).standard_normal((100, N)).astype(np.float32), None)
+    run.importance = np.array([[0, .9, 0, 0, 0, 0], [.8, 0, 0, 0, 0, .1], [0, 0, 0, 0, 0, 0],
+                               [.2, .1, 0, 0, 0, 0], [0, 0, 0, .5, 0, 0]])
+    return run
+
+
+def cells(path, columns, rows):
+    """The 64x64 pictures of a sheet's last `columns` columns, uint8 (rows, columns, 64, 64, 3)."""
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    x = sheet.shape[1] - columns * 66
+    return np.stack([[sheet[i * 66:i * 66 + 64, x + j * 66:x + j * 66 + 64] for j in range(columns)]
+                     for i in range(rows)])
+
+
+def pixels(images):
+    return ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_a_run_opens_from_its_folder_alone(run):
+    assert run.step == 7 and run.settings.tokens == N
+    x = run.images(run.rows(3))
+    assert run.encoder(x).shape == (3, N, 6) and run.decode(run.encoder(x)).shape == (3, 3, 64, 64)
+    assert torch.equal(run.decode(run.encoder(x)), run.decode(run.encoder(x)))
+
+
+def test_reconstruction(run):
+    scores = evaluate.reconstruction(run)
+    shown = cells(run.folder / "reconstruction.png", 10, 4)
+    images = run.images(run.rows(12, seed=1))
+    assert np.array_equal(shown[0], pixels(images[:10]))
+    rebuilt = run.decode(run.encoder(images))
+    assert np.array_equal(shown[2], pixels(rebuilt[:10]))
+    mse = ((rebuilt - images) / 2).square().mean().item()
+    assert scores["mse"] == pytest.approx(mse) and scores["psnr"] == pytest.approx(10 * math.log10(1 / mse))
+    assert Image.open(run.folder / "reconstruction.png").height == 4 * 66 + 2 * 18
+
+
+def test_swap_shows_what_each_token_does(run):
+    evaluate.swap(run)
+    top = cells(run.folder / "swap.png", 9, 1)[0]
+    shown = cells(run.folder / "swap.png", 8, 2 + N)
+    assert Image.open(run.folder / "swap.png").height == (2 + N) * 66
+    index = run.rows(2000, seed=2)
+    assert np.array_equal(top[0], pixels(run.images(index[:1]))[0])                     # the target
+    for row in shown[2:]:
+        assert (row != shown[1]).any()
+    # row 2 is the first of the order: token 1, floor hue
+    sources = next(i for i in range(2000) if np.array_equal(pixels(run.images(index[[i]]))[0], top[1]))
+    tokens = run.encoder(run.images(index[[sources]]))
+    tokens[:, 1] = run.encoder(run.images(index[:1]))[:, 1]
+    assert np.abs(pixels(run.decode(tokens))[0].astype(int) - shown[2, 0]).max() <= 1
+
+
+def test_swapping_a_picture_with_itself_changes_nothing(run):
+    run.importance, run.rows = None, lambda n, seed=0: np.full(n, 1234)
+    evaluate.swap(run)
+    shown = cells(run.folder / "swap.png", 8, 2 + N)
+    assert (np.abs(shown[2:].astype(int) - shown[1].astype(int)) <= 1).all()
+
+
+def test_rows_are_ordered_and_named_by_factor(run):
+    used, idle, names = evaluate.token_names(run)
+    assert (used, idle) == ([1, 3, 0, 4], [2])
+    assert names == ["token 0: wall hue 0.90", "token 1: floor hue 0.80", "token 2: idle", "token 3: floor hue 0.20",
+                     "token 4: scale 0.50"]
+    run.importance = None
+    assert evaluate.token_names(run) == ([0, 1, 2, 3, 4], [], [f"token {n}" for n in range(N)])
+
+
+def test_traversal(run):
+    evaluate.traversal(run)
+    shown = cells(run.folder / "traversal.png", 9, 4)
+    assert all((row[0] != row[-1]).any() for row in shown)
+    scalars = run.encoder.scalars(run.images(run.rows(1, seed=3)))
+    scalars[:, 3] = float(np.quantile(run.codes()[0][:, 3], 0.99))                      # second row, last column
+    assert np.abs(pixels(run.decode(run.encoder.tokens_of(scalars)))[0].astype(int) - shown[1, 8]).max() <= 1
+    moving = Image.open(run.folder / "traversal.gif")
+    assert moving.n_frames == 16 and moving.height == 4 * 66
+
+
+def test_attention_maps_are_probabilities(run):
+    evaluate.attention(run)
+    assert cells(run.folder / "attention.png", 9, 5)[1:].std() > 10
+    for module in run.unet.modules():                               # now every place asks for nothing in particular
+        if hasattr(module, "cross_attention"):
+            module.cross_attention.to_q.weight.zero_()
+    evaluate.attention(run)
+    shown = cells(run.folder / "attention.png", 9, 5)
+    images = run.images(run.rows(3, seed=4))
+    assert np.array_equal(shown[0], np.concatenate([pixels(images)] * 3))
+    grey = 0.5 * images.mean(1, keepdim=True).expand(-1, 3, -1, -1) + 0.3
+    red = torch.tensor([1.0, -0.6, -1.0])[:, None, None]
+    flat = pixels((0.2 * grey + 0.8 * red).clamp(-1, 1))            # all maps are equal everywhere: full colour
+    assert np.abs(shown[1].astype(int) - np.concatenate([flat] * 3)).max() <= 1
+
+
+def test_bottleneck_is_the_closed_form_and_the_papers_figure(run):
+    evaluate.bottleneck(run)
+    with open(run.folder / "bottleneck.csv") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert [row["t"] for row in rows] == list(range(1000))
+    share = lambda column, t: rows[t][column] / rows[0][column]
+    for t, expected in ((200, 0.155), (400, 0.049), (600, 0.011)):  # unit-variance latents
+        assert abs(share("linear_1", t) - expected) < 0.002
+    for column, shares in {"linear_67.6": (0.59, 0.25, 0.07), "sqrt_linear_67.6": (0.52, 0.16),
+                           "cosine_67.6": (0.81, 0.57, 0.30)}.items():                  # as read off the paper's figure
+        for t, expected in zip((200, 400, 600), shares):
+            assert abs(share(column, t) - expected) < 0.02
+    assert share("sqrt_67.6", 100) < 0.02
+    for column, height in (("linear_67.6", 73), ("cosine_67.6", 77), ("sqrt_67.6", 67)):
+        assert abs(rows[0][column] - height) < 1
+    x = torch.randn(200000, dtype=torch.float64)                    # by sampling: x_t of unit-variance data at t = 300
+    abar = run.diffusion.abar[300].item()
+    mean, variance = math.sqrt(abar) * x, 1 - abar
+    kl = 0.5 * (mean ** 2 + variance - 1 - math.log(variance)).mean().item()
+    assert abs(kl - rows[300]["linear_1"]) < 0.01
+    colours = {tuple(c) for c in np.asarray(Image.open(run.folder / "bottleneck.png")).reshape(-1, 3)}
+    for name in SCHEDULES:
+        assert tuple(bytes.fromhex(evaluate.COLOURS[name][1:])) in colours
+
+
+def test_when_a_token_that_is_not_read_has_a_row_of_zeros(run):
+    unet = run.unet
+
+    def deaf(x, t, tokens, maps=None):
+        tokens = tokens.clone()
+        tokens[:, 3] = 0
+        return unet(x, t, tokens, maps)
+
+    run.unet = deaf
+    rise = evaluate.rise_of_loss(run, range(25, 1000, 300), count=6)
+    assert rise.shape == (N, 4) and not rise[3].any()
+    assert all(rise[n].any() for n in range(N) if n != 3)
+
+
+def test_when_draws_what_it_measured(run, monkeypatch):
+    rise = np.zeros((N, 20))
+    rise[1, 5] = 0.25                                               # token 1 is the first of the order
+    monkeypatch.setattr(evaluate, "rise_of_loss", lambda run, levels: rise)
+    evaluate.when(run)
+    picture = np.asarray(Image.open(run.folder / "when.png"))
+    dark = (picture == [20, 70, 140]).all(-1)
+    y, x = np.nonzero(dark)
+    assert (190 + 480 * 5 // 20, 190) <= (x.min(), y.min()) and x.max() <= 190 + 480 * 6 // 20 and y.max() < 190 + 18
+    assert dark.sum() > 300                                         # the one dark field, less its frame
+
+
+def test_the_command_draws_into_the_folder(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "Run", lambda *args: run)
+    monkeypatch.setattr(evaluate, "dci_scores", lambda z, y, seed: {"importance": run.importance})
+    assert evaluate.main([str(run.folder), "--figures", "bottleneck", "swap"]) == []
+    assert {p.name for p in run.folder.glob("*.png")} == {"bottleneck.png", "swap.png"}
+    with pytest.raises(SystemExit):
+        evaluate.main([str(run.folder), "--figures", "portrait"])
+
+
+def test_runs_of_one_setting_share_a_line(capsys):
+    def result(seed, steps, score):
+        return dict(data="built-in world", settings={"seed": seed, "steps": steps, "lr": 1},
+                    scores={"factor_vae": score, "disentanglement": score / 2})
+
+    evaluate.table([result(0, 10, 0.8), result(1, 10, 0.9), result(0, 20, 1.0)])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["n", "FactorVAE", "DCI", "D"]
+    assert first.split() == "built-in world, steps 10 2 0.850 +- 0.071 0.425 +- 0.035".split()
+    assert second.split() == "built-in world, steps 20 1 1.000 0.500".split()
