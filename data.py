@@ -14,6 +14,7 @@ S samples along a pixel's side, R rays.
 import argparse
 import colorsys
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 FACTOR_NAMES = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
-FACTOR_SIZES = (10, 10, 10, 8, 4, 15)
+FACTOR_SIZES = (10, 10, 10, 8, 4, 15)                               # shapes: cube, cylinder, sphere, capsule
 FACTOR_VALUES = (np.arange(10) / 10, np.arange(10) / 10, np.arange(10) / 10, np.linspace(0.75, 1.25, 8),
                  np.arange(4.0), np.linspace(-30, 30, 15))          # as DeepMind's labels give them
 SIDE = 64                                                           # pixels
@@ -325,14 +326,15 @@ class HDF5(Dataset):
             if len(images) != len(labels):
                 raise ValueError(f"{path}: {len(images)} images and {len(labels)} labels: not 3dshapes.h5's layout")
             sizes = factor_sizes_of(labels[:], path)
-            names = FACTOR_NAMES if len(sizes) == 6 else [f"factor_{k}" for k in range(len(sizes))]
-            super().__init__("built-in world" if file.attrs.get("source") == SOURCE else "Shapes3D", names, sizes)
+            ours, shapes3d = file.attrs.get("source") == SOURCE, sizes == FACTOR_SIZES
+            super().__init__("built-in world" if ours else "Shapes3D" if shapes3d else path.stem,
+                             FACTOR_NAMES if ours or shapes3d else [f"factor_{k}" for k in range(len(sizes))], sizes)
             stat, folder = path.stat(), Path(cache or path.parent)
             copy = folder / f"{path.name}.{stat.st_size:x}-{stat.st_mtime_ns:x}.npy"
             if not copy.exists():
                 unpack(images, copy)
                 for old in folder.glob(f"{path.name}.*.npy"):
-                    if old != copy:
+                    if old != copy and re.fullmatch(r"\.[0-9a-f]+-[0-9a-f]+\.npy", old.name[len(path.name):]):
                         old.unlink()
         self.memory_map = np.load(copy, mmap_mode="r")                                  # (n, H, W, 3) uint8
 

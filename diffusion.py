@@ -94,7 +94,8 @@ class Diffusion(nn.Module):
         """KL(q(x_t | x_0) || N(0, I)) per dimension, (T,): what x_t still knows (EncDiff's bottleneck analysis).
 
         Closed form for two Gaussians; mean_square: E[x_0^2] of the latents, 1 for ours. The paper's figure
-        shows twice this for 67.6, as its shares and heights tell.
+        shows twice this for 67.6, as its shares and heights tell; its caption, which names the posterior
+        q(x_{t-1} | x_t, x_0), does not fit them.
         """
         return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
 
@@ -104,6 +105,8 @@ class Diffusion(nn.Module):
         denoise: (x_t, t) -> eps; t: (B,) in 0..T-1; kind: "l1" (as EncDiff's authors train) or "l2"
         (the papers' formula). Returns a scalar.
         """
+        if kind not in ("l1", "l2"):
+            raise ValueError(f"unknown loss {kind!r}: choose l1 or l2")
         predicted = denoise(self.q_sample(x_0, t, eps), t)
         return F.l1_loss(predicted, eps) if kind == "l1" else F.mse_loss(predicted, eps)
 
@@ -136,13 +139,15 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def ddim_sample(self, denoise, x_T, steps=50, eta=0.0, generator=None):
-        """DDIM over `steps` of the T noise levels, evenly spaced. x_T: (B, C, H, W) standard normal.
+        """DDIM over `steps` of the T noise levels. x_T: (B, C, H, W) standard normal. Returns x_0, like x_T.
 
-        eta: 0 (deterministic) to 1 (over all T levels: the same as ddpm_sample). Returns x_0, like x_T.
+        eta: 0 (deterministic) to 1 (over all T levels: the same as ddpm_sample). The levels are evenly spaced
+        from 0 up, as in latent diffusion, which stays clear of the last: with the cosine schedule abar is so
+        small there that x_0 could not be told from the noise prediction.
         """
         if not 1 <= steps <= self.steps:
             raise ValueError(f"DDIM can take 1 to {self.steps} steps of this schedule, not {steps}")
-        levels = torch.linspace(self.steps - 1, 0, steps).round().long().tolist()
+        levels = [i * self.steps // steps for i in reversed(range(steps))]
         x = x_T
         for level, level_next in zip(levels, levels[1:] + [-1]):
             t = x.new_full((len(x),), level, dtype=torch.long)                  # (B,)

@@ -82,7 +82,7 @@ class ScalarTokens(nn.Module):
         """scalars: (B, N), any real numbers. Returns tokens (B, N, D)."""
         x = scalars.t()[:, :, None]                                                     # (N, B, 1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, F.elu(x) if i else x, weight)                       # (N, B, 64), 128, D
+            x = torch.baddbmm(bias, F.elu(x) if i else x, weight)       # (N, B, 64), then 128, then D numbers
         return x.transpose(0, 1)                                                        # (B, N, D)
 
 
@@ -143,7 +143,8 @@ def principal_directions(tokens):
     """
     mean = tokens.mean(0)                                                               # (N, D)
     centred = (tokens - mean).transpose(0, 1)                                           # (N, n, D)
-    direction = torch.linalg.eigh(centred.transpose(1, 2) @ centred).eigenvectors[..., -1]      # (N, D)
+    covariance = (centred.transpose(1, 2) @ centred).cpu()                              # (N, D, D); no eigh on MPS
+    direction = torch.linalg.eigh(covariance).eigenvectors[..., -1].to(tokens.device)   # (N, D)
     largest = direction.gather(1, direction.abs().argmax(1, keepdim=True))              # (N, 1)
     return mean, direction * largest.sign()
 
@@ -152,6 +153,7 @@ def number_coder(encoder, sample):
     """A function images (B, 3, H, W) -> codes (B, N): the scalars of scalar tokens, else principal components.
 
     sample: an iterable of image batches, over which the components are found; not looked at for scalars.
+    The encoder should be in eval mode and ask for no gradients.
     """
     if encoder.kind == "scalar":
         return encoder.scalars

@@ -51,7 +51,7 @@ def checked(z, y, points=1):
 def entropy(p, base):
     """Entropy of the rows of p (rows, columns), each first divided by its sum, in this base. (rows,)"""
     p = p / p.sum(1, keepdims=True)
-    return -(p * np.log(np.maximum(p, 1e-300))).sum(1) / np.log(base)                   # 0 log 0 = 0
+    return -(p * np.log(np.maximum(p, 1e-300))).sum(1) / max(np.log(base), 1e-300)      # 0 log 0 = 0
 
 
 # ---- DCI: gradient-boosted trees ------------------------------------------------------------------
@@ -76,8 +76,7 @@ class Bins:
             self.edges.append(edges)
         self.index = self.of(z)                                                         # (n, N), 0..V-1
         bag = self.index + V * torch.arange(self.index.shape[1])                        # (n, N), 0..N*V-1
-        order = bag.t().flatten().argsort(stable=True)                                  # (N*n,) bag by bag
-        self.rows = order % len(z)                                                      # (N*n,)
+        self.rows = bag.t().flatten().argsort(stable=True) % len(z)                     # (N*n,) bag by bag
         count = torch.bincount(bag.flatten(), minlength=V * bag.shape[1])               # (N*V,)
         self.offsets = count.cumsum(0) - count                                          # (N*V,) where a bag starts
 
@@ -86,30 +85,26 @@ class Bins:
         return torch.stack([torch.bucketize(code.contiguous(), edges)
                             for code, edges in zip(torch.as_tensor(z).t(), self.edges)], dim=1)
 
-    def histogram(self, table):
-        """Sums of table (n, columns) over the points of each bin: (N, V, columns)."""
-        sums = F.embedding_bag(self.rows, table, self.offsets, mode="sum")              # (N*V, columns)
-        return sums.view(-1, self.V, table.shape[1])
-
 
 def best_splits(bins, residual, node, parents):
     """The best split of every node of one level of C trees: the largest decrease of squared error (Friedman 2001).
 
-    residual, node: (n, C), the trees' targets and the node 0..M-1 of each point. parents: the third value
-    returned for the level above (None at the top), from which only left children need be taken to know the
-    right. Returns the decrease (M, C) (0: nothing to split), a pair of (M, C), the code and the bin up to
-    which points go left, and the sums (N, V, 2, M, C) over all bins up to each.
+    residual, node: (n, C), the targets of the C trees (1 for two classes) and the node 0..M-1 of each point.
+    parents: the third value returned for the level above (None at the top); less its left children's sums, these
+    are its right children's. Returns the decrease (M, C) (0: nothing to split), a pair of (M, C), the code and the
+    bin up to which points go left, and the sums (N, V, 2, M, C) of residuals and points in all bins up to each.
     """
     n, C = residual.shape
     lefts = 1 if parents is None else parents.shape[3]
     inside = (node[:, None, :] == 2 * torch.arange(lefts)[:, None]).float()             # (n, M/2, C)
     table = torch.stack([residual[:, None, :] * inside, inside], dim=1)                 # (n, 2, M/2, C)
-    below = bins.histogram(table.view(n, -1)).cumsum(1).view(-1, bins.V, 2, lefts, C)   # (N, V, 2, M/2, C)
+    below = F.embedding_bag(bins.rows, table.view(n, -1), bins.offsets, mode="sum")     # (N*V, 2 * M/2 * C)
+    below = below.view(-1, bins.V, 2, lefts, C).cumsum(1)                               # (N, V, 2, M/2, C)
     if parents is not None:
         below = torch.stack([below, parents - below], dim=4).flatten(3, 4)              # (N, V, 2, M, C)
     total = below[0, -1]                                                                # (2, M, C)
     (sum_l, n_l), (sum_r, n_r) = below.unbind(2), (total - below).unbind(2)             # (N, V, M, C) each
-    decrease = sum_l ** 2 / n_l + sum_r ** 2 / n_r                                      # nan where a side is empty
+    decrease = sum_l ** 2 / n_l + sum_r ** 2 / n_r                                      # nan or inf: a side is empty
     decrease = (decrease - total[0] ** 2 / total[1]).nan_to_num(0, 0, 0).clamp(min=0)
     best, place = decrease.flatten(0, 1).max(0)                                         # (M, C); first code wins
     return best, (place // bins.V, torch.where(best > 1e-9, place % bins.V, bins.V)), below
@@ -120,7 +115,7 @@ def boost(bins, index, y, C, rounds=100, depth=3, rate=0.1):
 
     bins: of the n training codes; index: (n + n_test, N) from bins.of, training points first; y: (n,) int64
     classes 0..C-1. All trees of a round are grown together, one a class (one in all for two classes).
-    Returns the importance of each code (N,), its mean decrease of squared error over all trees, and the
+    Returns the importance of each code (N,), its decrease of squared error summed over all trees, and the
     class predicted for every point (n + n_test,).
     """
     n, newton = len(y), (C - 1) / C if C > 2 else 1.0
@@ -218,7 +213,8 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
         mine = np.flatnonzero(factor == k)
         first = rng.integers(len(z), size=(len(mine), batch))                           # rows, (points of k, batch)
         x[mine] = np.abs(z[first] - z[sharing(column, column[first], rng)]).mean(1)     # (points of k, N)
-    x, target = torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-12)), torch.from_numpy(factor)
+    x = (x - x[:points[0]].mean(0)) / (x[:points[0]].std(0) + 1e-12)                    # so that the penalty is fair
+    x, target = torch.from_numpy(x), torch.from_numpy(factor)
     linear = torch.nn.Linear(x.shape[1], y.shape[1])
     torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -242,10 +238,7 @@ def mig(z, y, seed=0, points=10000, n_bins=20):
     """
     z, y = checked(z, y)
     rows = np.random.default_rng(seed).choice(len(z), min(points, len(z)), replace=False)
-    z, (n, N) = z[rows].astype(np.float64), (len(rows), z.shape[1])
-    if N < 2:
-        raise ValueError("MIG compares the two best codes of a factor, and there is only 1 code")
-    z = z - z.min(0)
+    z, n, N = z[rows].astype(np.float64) - z[rows].min(0), len(rows), z.shape[1]
     v = np.minimum(z / np.where(z.max(0) > 0, z.max(0), 1) * n_bins, n_bins - 1).astype(np.int64)       # (n, N)
     gaps = []
     for column in y[rows].T:
@@ -254,16 +247,16 @@ def mig(z, y, seed=0, points=10000, n_bins=20):
         joint = np.bincount(cell.ravel(), minlength=N * n_bins * C).reshape(N, n_bins, C) / n
         H_y = entropy(joint.sum(1), np.e)                                               # (N,), all equal
         information = entropy(joint.sum(2), np.e) + H_y - entropy(joint.reshape(N, -1), np.e)
-        second, first = np.sort(information)[-2:]
+        second, first = np.sort(np.append(information, 0))[-2:]     # with one code, the second knows nothing
         gaps.append((first - second) / H_y[0])
     return float(np.mean(gaps))
 
 
-def dci_scores(z, y, seed=0, points=(10000, 5000)):
+def dci_scores(z, y, seed=0, points=(10000, 5000), V=256):
     """dci of as many training and test rows, drawn without replacement."""
     z, y = checked(z, y, sum(points))
     rows = np.random.default_rng(seed).choice(len(z), sum(points), replace=False)
-    return dci(z[rows[:points[0]]], y[rows[:points[0]]], z[rows[points[0]:]], y[rows[points[0]:]])
+    return dci(z[rows[:points[0]]], y[rows[:points[0]]], z[rows[points[0]:]], y[rows[points[0]:]], V)
 
 
 METRICS = {"factor_vae": factor_vae_score, "dci": dci_scores, "mig": mig, "beta_vae": beta_vae_score}
@@ -288,9 +281,11 @@ def score_codes(z, y, metrics, seed=0):
 class Run:
     """A finished run, from its folder alone. data: another data file to look at with it."""
     def __init__(self, folder, data=None, device="auto"):
-        self.folder, self.data, self.device = Path(folder), data, train.choose_device(device)
+        self.data, self.device = data, train.choose_device(device)
+        self.folder = Path(folder) / f"on-{Path(data).stem}" if data else Path(folder)  # where results go
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
         self.ds = open_dataset(data or self.settings.data or None)
+        self.folder.mkdir(exist_ok=True)
         self.diffusion = Diffusion(self.settings.schedule).to(self.device)
         self.importance = None                                      # (N, K) by DCI, once it is known
 
@@ -310,6 +305,7 @@ class Run:
         """One number for each token and image: z (n, N) float32, and the factors y (n, K) of these images.
 
         All images, or settings.score_images of them; kept in the run folder and read from there the next time.
+        DEVIATION: principal components of vector and slot tokens are found over 10,000 images, not over all.
         """
         n = min(self.settings.score_images or len(self.ds), len(self.ds))
         index = np.arange(n) if n == len(self.ds) else np.sort(self.rows(n))
@@ -328,8 +324,8 @@ class Run:
     def decode(self, tokens, desc=None):
         """Pictures (B, 3, 64, 64) in [-1, 1] that these tokens (B, N, D) alone describe.
 
-        DEVIATION: DDIM with eta 0 from one starting noise for all (the authors' pictures: eta 1), so that
-        pictures differ only where their tokens do.
+        DEVIATION: 50 steps of DDIM with eta 0 from one starting noise for all (the authors': 200 steps, eta 1),
+        so that pictures differ only where their tokens do.
         """
         side, pictures = self.ds.image_size // self.vae.factor, []
         noise = self.noise((1, self.settings.latent_channels, side, side))
@@ -542,19 +538,22 @@ def table(results):
 
 def score_run(run, metrics):
     """Scores a run, draws reconstruction.png and swap.png, writes scores.json; returns what that holds."""
-    started = time.monotonic()
+    started, file = time.monotonic(), run.folder / "scores.json"
+    old = json.loads(file.read_text()) if file.exists() else {}
+    old = old if old.get("step") == run.step else {}                # what is not measured now stays
     z, y = run.codes()
     scores, protocol, seconds = score_codes(z, y, metrics, run.settings.seed)
-    run.importance = scores.pop("importance", None)
+    importance = scores.pop("importance", old.get("importance"))
+    run.importance = None if importance is None else np.array(importance)
     scores.update(reconstruction(run)), swap(run)
     protocol["psnr"] = dict(images=PSNR_IMAGES, ddim_steps=DDIM_STEPS, eta=ETA)
     seconds["all"] = round(time.monotonic() - started, 2)           # also the codes and the two pictures
-    result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), scores=scores,
-                  seconds=seconds, protocol=protocol, settings=dataclasses.asdict(run.settings),
+    result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), factors=run.ds.factor_names,
+                  scores={**old.get("scores", {}), **scores}, seconds={**old.get("seconds", {}), **seconds},
+                  protocol={**old.get("protocol", {}), **protocol}, settings=dataclasses.asdict(run.settings),
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
-                  factors=run.ds.factor_names,
                   importance=None if run.importance is None else run.importance.round(4).tolist())
-    train.write_whole(run.folder / "scores.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    train.write_whole(file, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result
 
 
@@ -588,7 +587,8 @@ def main(argv=None):
             results.append(score_run(run, args.metrics))
             continue
         run.importance = dci_scores(*run.codes(), run.settings.seed)["importance"]
-        for name in tqdm(args.figures or FIGURES, desc="figures"):
+        drawable = [f for f in FIGURES if f != "traversal" or run.settings.encoder == "scalar"]
+        for name in tqdm(args.figures or drawable, desc="figures"):
             FIGURES[name](run)
     if results:
         table(results)

@@ -2,7 +2,7 @@
 
     python train.py                                  # built-in world, preset small
     python train.py --preset tiny                    # two minutes: start here
-    python train.py --data shapes3d.h5               # the real file, nothing else changed
+    python train.py --data 3dshapes.h5               # the real file, nothing else changed
     python train.py --preset paper --device cuda     # the sizes and constants of the paper
     python train.py --resume --out runs/world-small-0
 
@@ -63,6 +63,7 @@ class Settings:
     vae_batch_size: int = setting(16, "its images a step (paper: 128 x 2)")
     vae_lr: float = setting(5e-3, "its highest learning rate (paper: 1.15e-3)")
     vae_betas: tuple = setting((0.9, 0.99), "of its Adam (paper: 0.5,0.9)")
+    vae_warmup: int = setting(100, "its steps of linear warm-up (paper: 0)")
     # tokens
     encoder: str = setting("scalar", "kind of concept tokens (paper: scalar)", KINDS)
     tokens: int = setting(20, "concept tokens, N (paper: 20)")
@@ -83,23 +84,26 @@ class Settings:
     batch_size: int = setting(128, "images a step, B (paper: 128)")
     lr: float = setting(3e-3, "highest learning rate (paper: 2.56e-4)")
     warmup: int = setting(300, "steps of linear warm-up (paper: 10000)")
-    decay: str = setting("cosine", "learning rate after warm-up (paper: none)", ("cosine", "none"))
+    decay: str = setting("cosine", "of both learning rates after their warm-up (paper: none)", ("cosine", "none"))
     clip: float = setting(1.0, "largest norm of the gradient; 0: any (paper: 0)")
     ema: float = setting(0.999, "limit of the U-Net average's decay (paper: 0.9999)")
     score_images: int = setting(0, "images that are encoded for the scores, drawn at random; 0: all (paper: all)")
 
 
-# DEVIATION: "small" and "tiny" are no sizes of the paper: patches, few channels, a learning rate that is higher
-# and falls to 0, clipped gradients, a shorter weight average; chosen by experiment for two CPU cores.
+# DEVIATION: "small" and "tiny" are not the paper's: patches, few channels and heads, coarser strides, a learning
+# rate that is higher and falls to 0, other Adam betas, clipped gradients, a shorter weight average; chosen by
+# experiment for two CPU cores. In "paper" the two numbers of steps are ours: the paper does not give them.
 PRESETS = {
     "small": {},
     "tiny": dict(vae_steps=400, steps=400, batch_size=64, warmup=100, score_images=30000),
     "paper": dict(first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32, patch=1,
-                  latent_channels=3, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9), vae_steps=10000,
-                  encoder_width=128, encoder_strides=(2, 2, 2, 2), channels=64, multipliers=(1, 2, 4, 4), res_blocks=2,
-                  attention_levels=3, heads=8, groups=32, steps=37500, batch_size=128, lr=2.56e-4, warmup=10000,
-                  decay="none", clip=0.0, ema=0.9999),
+                  latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9),
+                  vae_warmup=0, encoder_width=128, encoder_strides=(2, 2, 2, 2), channels=64,
+                  multipliers=(1, 2, 4, 4), res_blocks=2, attention_levels=3, heads=8, groups=32, steps=37500,
+                  batch_size=128, lr=2.56e-4, warmup=10000, decay="none", clip=0.0, ema=0.9999),
 }
+FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
+               "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas", "vae_warmup")
 MAY_CHANGE = ("out", "device", "steps", "checkpoint_minutes", "score_images")     # when a run is resumed
 NOT_COMPARED = ("seed", "out", "device", "checkpoint_minutes", "score_images", "vae")      # by evaluate.py's table
 
@@ -132,13 +136,20 @@ def check(s):
                  "encoder_width", "steps", "vae_steps", "lr", "vae_lr"):
         if not getattr(s, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(s, name)}")
-    for name in ("warmup", "attention_levels", "clip", "checkpoint_minutes", "score_images", "seed"):
+    for name in ("multipliers", "vae_multipliers", "encoder_strides"):
+        if not all(isinstance(value, int) and value >= 1 for value in getattr(s, name)):
+            raise ValueError(f"--{name.replace('_', '-')} must be whole numbers of at least 1, not {getattr(s, name)}")
+    for name in ("warmup", "vae_warmup", "attention_levels", "clip", "checkpoint_minutes", "score_images", "seed"):
         if not getattr(s, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(s, name)}")
     if not 0 <= s.ema < 1:
         raise ValueError(f"--ema must be at least 0 and less than 1, not {s.ema}")
-    if min(s.multipliers + s.vae_multipliers + s.encoder_strides) < 1:
-        raise ValueError("multipliers and strides must be at least 1 each")
+    if len(s.vae_betas) != 2 or not all(0 <= beta < 1 for beta in s.vae_betas):
+        raise ValueError(f"--vae-betas must be two numbers from 0 to 1, such as 0.9,0.99, not {s.vae_betas}")
+    if s.channels % 2:
+        raise ValueError(f"--channels must be even (half sines, half cosines of t), not {s.channels}")
+    if 0 < s.score_images < 15000:
+        raise ValueError(f"--score-images must be 0 (all) or at least 15000, as DCI needs, not {s.score_images}")
     factor = s.patch * 2 ** (len(s.vae_multipliers) - 1)
     if 64 % factor:
         raise ValueError(f"64-pixel pictures cannot be shrunk {factor} times: change --patch {s.patch} or the number "
@@ -200,10 +211,13 @@ def save(path, parts):
     write_whole(path, lambda temporary: torch.save(parts, temporary))
 
 
-def load(path):
-    """A checkpoint as save wrote it, on the CPU. OSError or ValueError with one sentence."""
+def load(path, *parts):
+    """A checkpoint with these parts, as save wrote it, on the CPU. OSError or ValueError with one sentence."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for part in parts:
+            saved[part]
+        return saved
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: the folder holds no such checkpoint") from None
     except Exception as error:                                      # torch raises many kinds for a damaged file
@@ -241,9 +255,9 @@ class Log:
             return []
         return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
 
-    def write(self, step, loss, gradient_norm):
-        """Logs one step (numbers as floats); ValueError when training has broken down."""
-        if not math.isfinite(loss + gradient_norm):
+    def write(self, step, loss, also):
+        """Logs one step's loss; ValueError when training has broken down: loss or `also` is not finite."""
+        if not math.isfinite(loss + also):
             raise ValueError(f"the {self.stage} loss is not a finite number at step {step}: training stopped, the last "
                              "checkpoint is kept; start again with a lower learning rate")
         self.seconds = time.monotonic() - self.started
@@ -271,7 +285,7 @@ def train_first_stage(s, ds, out, device):
     optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, s.vae_betas, fused=device.type in ("cpu", "cuda"))
     step = 0
     if (out / "vae.pt").exists():
-        saved = load(out / "vae.pt")
+        saved = load(out / "vae.pt", "vae", "step", "optimizer", "random")
         vae.load_state_dict(saved["vae"])
         if saved["step"] >= s.vae_steps:
             return vae.eval().requires_grad_(False)
@@ -283,14 +297,14 @@ def train_first_stage(s, ds, out, device):
         images = ds.images(torch.randint(len(ds), (s.vae_batch_size,))).to(device)      # (B, 3, 64, 64)
         if step == 0 and s.first_stage == "vq":
             vae.codebook.start_from(vae.encode(images))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, s.vae_steps, s.vae_lr, 100, s.decay)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, s.vae_steps, s.vae_lr, s.vae_warmup, s.decay)
         loss, l1 = vae.loss(images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step += 1
         if step % LOG_EVERY == 0 or step == s.vae_steps:
-            log.write(step, l1.item(), loss.item())
+            log.write(step, l1.item(), loss.item())                 # the log shows L1 alone
             # DEVIATION: scaled once trained, by 1,024 images; the authors' scale comes from the first training batch
             if step == s.vae_steps:
                 vae.eval().set_scale(ds.images(torch.randint(len(ds), (1024,))).to(device))
@@ -312,7 +326,7 @@ def train_tokens(s, ds, vae, out, device):
     optimizer = torch.optim.AdamW(parameters, s.lr, fused=device.type in ("cpu", "cuda"))
     step = 0
     if (out / "model.pt").exists():
-        saved = load(out / "model.pt")
+        saved = load(out / "model.pt", "encoder", "unet", "ema", "step", "optimizer", "random")
         encoder.load_state_dict(saved["encoder"]), unet.load_state_dict(saved["unet"])
         ema.load_state_dict(saved["ema"]), optimizer.load_state_dict(saved["optimizer"])
         set_random_state(saved["random"], device)
@@ -356,10 +370,6 @@ def train_tokens(s, ds, vae, out, device):
 
 # ---- the run --------------------------------------------------------------------------------------
 
-FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
-               "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas")
-
-
 def read_settings(out):
     """The Settings of a run folder; OSError or ValueError with one sentence."""
     file = Path(out) / "settings.json"
@@ -368,7 +378,7 @@ def read_settings(out):
         return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{out} holds no run: there is no settings.json in it") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as this version's settings ({error})") from None
 
 
@@ -381,7 +391,7 @@ def write_settings(s, out):
 def load_run(out, device):
     """A finished (or interrupted) run: its Settings, autoencoder, token encoder, averaged U-Net, and step."""
     s, out = read_settings(out), Path(out)
-    first_stage, model = load(out / "vae.pt"), load(out / "model.pt")
+    first_stage, model = load(out / "vae.pt", "vae"), load(out / "model.pt", "encoder", "ema", "step")
     vae, (encoder, unet) = build_autoencoder(s), build_networks(s)
     try:
         vae.load_state_dict(first_stage["vae"])
@@ -411,18 +421,24 @@ def settle(s, resume, given):
         raise ValueError(f"{out} exists and holds no run of this program: name another folder with --out")
     if s.vae:
         other = read_settings(s.vae)
-        if (other.data, other.first_stage) != (s.data, s.first_stage):
+        if (Path(other.data).resolve(), other.first_stage) != (Path(s.data).resolve(), s.first_stage):
             raise ValueError(f"--vae {s.vae}: its first stage is {other.first_stage} on "
                              f"{other.data or 'the built-in world'}, this run wants {s.first_stage} on "
                              f"{s.data or 'the built-in world'}")
+        differ = [name for name in FIRST_STAGE if name in given and getattr(s, name) != getattr(other, name)]
+        if differ:
+            raise ValueError(f"--vae {s.vae} was trained with another --{differ[0].replace('_', '-')}, "
+                             f"{getattr(other, differ[0])}: leave this flag out, or train a first stage of its own")
+        if load(Path(s.vae) / "vae.pt", "step")["step"] < other.vae_steps:
+            raise ValueError(f"--vae {s.vae}: its first stage is not finished; continue that run with --resume")
         s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})
     return s
 
 
-def score_run(out):
+def score_run(out, device):
     """Scores and pictures of a finished run, as `python evaluate.py RUN` gives them."""
     import evaluate                                                 # here, because evaluate.py imports this file
-    evaluate.main([str(out)])
+    evaluate.main([str(out), "--device", str(device)])
 
 
 def main(argv=None):
@@ -443,17 +459,23 @@ def main(argv=None):
     vae = train_first_stage(s, ds, out, device)
     print(f"latent: {64 // vae.factor}x{64 // vae.factor}x{s.latent_channels}, scaled by {vae.scale.item():.4f}")
     train_tokens(s, ds, vae, out, device)
-    score_run(out)
+    score_run(out, device)
     return out
 
 
 def end_with(main):
-    """Runs main() for the command line: a ValueError or OSError ends it with its sentence and exit code 2."""
+    """Runs main() for the command line: what goes wrong ends it with one sentence and exit code 2."""
     try:
         main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print("error: the GPU has too little memory: try a smaller --batch-size", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start_from(self, z):
-        """Sets every vector to a latent drawn from z (B, Z, h, w), with a little noise."""
+        """Sets every vector to a latent drawn from z (B, Z, h, w), with a little noise.
+
+        DEVIATION: latent diffusion starts from uniform numbers, of which many vectors are never used.
+        """
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)                                      # (B*h*w, Z)
         draw = flat[torch.randint(len(flat), (len(self.vectors.weight),), device=z.device)]    # (V, Z)
         self.vectors.weight.copy_(draw + 0.01 * flat.std() * torch.randn_like(draw))
@@ -99,8 +102,12 @@ class Autoencoder(nn.Module):
     """First stage: images (B, 3, H, W) in [-1, 1] <-> latents (B, Z, h, w) of unit standard deviation.
 
     kind: "kl" or "vq". channels * multipliers: width of each level, finest first. patch: the images are
-    first cut into patch x patch squares, each one place (1, the paper's: none). groups: of the group
-    norms. weight: of the KL term (1e-6, latent diffusion's) or of the commitment term (0.25, the paper's).
+    first cut into patch x patch squares, each one place (1, the paper's: none). n_res_blocks: a level.
+    groups: of the group norms. codebook_size: V, for vq. kl_weight (latent diffusion's) and commitment
+    (the paper's) weigh the latent's own terms. Raises ValueError for an unknown kind.
+
+    DEVIATION: no attention in the middle and no 1x1 convolutions around the latent, which latent diffusion's
+    code has whatever its configuration says.
     """
 
     def __init__(self, kind="vq", channels=32, multipliers=(1, 2, 4), n_res_blocks=2, latent_channels=3,

@@ -24,7 +24,7 @@ def quick(monkeypatch):
     """Latents of few images, a log line every 4 steps, no scores: what is tested here is training."""
     monkeypatch.setattr(train, "LOG_EVERY", 4)
     monkeypatch.setattr(train, "open_dataset", lambda path=None: Few())
-    monkeypatch.setattr(train, "score_run", lambda out: None)
+    monkeypatch.setattr(train, "score_run", lambda out, device: None)
 
 
 class Few:
@@ -102,7 +102,7 @@ def test_a_stopped_run_resumes_bit_for_bit(quick, tmp_path, monkeypatch, stage, 
 def test_kill_9_and_resume(tmp_path):
     """The same with a real process that is killed at some moment after its first checkpoint."""
     code = ("import sys; sys.path[:0] = [{root!r}, {tests!r}]; import train, test_train; train.LOG_EVERY = 3; "
-            "train.open_dataset = lambda path=None: test_train.Few(); train.score_run = lambda out: None; "
+            "train.open_dataset = lambda path=None: test_train.Few(); train.score_run = lambda out, device: None; "
             "train.main(sys.argv[1:])").format(root=str(ROOT), tests=str(ROOT / "tests"))
 
     def start(*flags):
