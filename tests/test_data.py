@@ -122,7 +122,11 @@ def test_a_file_reads_as_it_was_written(tmp_path, monkeypatch, options):
             del file["images"]
             file.create_dataset("images", data=images, compression="gzip", **options)
     ds = open_dataset(tmp_path / "3dshapes.h5")
-    assert len(ds) == 288 and ds.factor_sizes == SIZES and ds.name == "Shapes3D"
+    assert len(ds) == 288 and ds.factor_sizes == SIZES
+    assert ds.name == "3dshapes" and ds.factor_names[0] == "factor_0"                   # not the real one's sizes
+    monkeypatch.setattr(data, "FACTOR_SIZES", SIZES)
+    ds = open_dataset(tmp_path / "3dshapes.h5")
+    assert ds.name == "Shapes3D" and ds.factor_names[0] == "floor_hue"
     index = torch.randperm(288)[:50]
     assert np.array_equal(((ds.images(index) + 1) * 127.5).round().byte().permute(0, 2, 3, 1), images[index])
     assert torch.equal(ds.index(ds.factors(index)), index)

@@ -127,7 +127,7 @@ def test_resume_may_go_on_longer_but_not_differ(quick, tmp_path):
     train.main([*SMALL, "--out", out])
     train.main(["--resume", "--out", out, "--steps", "35"])
     assert load(tmp_path / "run" / "model.pt")["step"] == 35
-    with pytest.raises(ValueError, match="--lr was 0.001, not 0.5"):
+    with pytest.raises(ValueError, match="--lr was 0.003, not 0.5"):
         train.main(["--resume", "--out", out, "--lr", "0.5"])
 
 
