@@ -315,7 +315,7 @@ class HDF5(Dataset):
     """A file in DeepMind's 3dshapes.h5 layout.
 
     Its chunks span thousands of pictures, so reading single ones is hopeless: all are unpacked once into a
-    .npy file beside it (in `cache`, if given), which is then memory-mapped. The copy's name holds the
+    .npy file beside it (in `cache`, if given), from which single ones are read. The copy's name holds the
     source's size and time; when the source has changed, a new copy replaces the old.
     """
 
@@ -336,10 +336,16 @@ class HDF5(Dataset):
                 for old in folder.glob(f"{path.name}.*.npy"):
                     if old != copy and re.fullmatch(r"\.[0-9a-f]+-[0-9a-f]+\.npy", old.name[len(path.name):]):
                         old.unlink()
-        self.memory_map = np.load(copy, mmap_mode="r")                                  # (n, H, W, 3) uint8
+        self.offset = np.load(copy, mmap_mode="r").offset                               # bytes before picture 0
+        self.file = open(copy, "rb", buffering=0)                   # read, not mapped: mapped pages count as memory
 
     def pixels(self, index):
-        return self.memory_map[index]                                                   # (B, H, W, 3)
+        pictures = np.empty((len(index), SIDE, SIDE, 3), np.uint8)                      # (B, H, W, 3)
+        for picture, i in zip(pictures, index.tolist()):
+            self.file.seek(self.offset + i * picture.nbytes)
+            if self.file.readinto(picture) != picture.nbytes:
+                raise OSError(f"{self.file.name} ends before picture {i}: delete it, it will be unpacked again")
+        return pictures
 
 
 # ---- opening and writing --------------------------------------------------------------------------

@@ -149,6 +149,17 @@ def test_the_copy_is_made_once_and_follows_its_source(tmp_path, monkeypatch):
     assert len(list(elsewhere.iterdir())) == 1
 
 
+def test_a_copy_that_was_cut_short_is_named(tmp_path):
+    write(tmp_path / "3dshapes.h5")
+    ds = open_dataset(tmp_path / "3dshapes.h5")
+    copy, = tmp_path.glob("*.npy")
+    with open(copy, "r+b") as file:
+        file.truncate(copy.stat().st_size - 5)
+    ds.images([0])
+    with pytest.raises(OSError, match="ends before picture 287: delete it"):
+        ds.images([287])
+
+
 def test_an_interruption_leaves_nothing_half_made(tmp_path, monkeypatch):
     write(tmp_path / "3dshapes.h5")
     monkeypatch.setattr(data, "SLAB", 50 * 64 * 64 * 3)
