@@ -473,7 +473,7 @@ def bottleneck(run):
     for i, (mean_square, factor, title) in enumerate([(1.0, 1, "unit-variance latents, as trained"),
                                                       (67.6, 2, "mean square 67.6, times 2: the paper's figure")]):
         kl = {name: factor * Diffusion(name).kl_to_noise(mean_square).numpy() for name in SCHEDULES}
-        top, box = math.ceil(max(values.max() for values in kl.values())), (60 + 420 * i, 30, 350, 230)
+        top, box = 4 * math.ceil(max(v.max() for v in kl.values()) / 4), (60 + 420 * i, 30, 350, 230)
         sheet.axes(box, T_TICKS, [(f"{top * v / 4:g}", v / 4) for v in range(5)], "t", title,
                    [(values / top, COLOURS[name]) for name, values in kl.items()])
         for j, name in enumerate(kl):
@@ -503,7 +503,7 @@ def when(run):
     rise, kl = rise_of_loss(run, range(25, 1000, 50)), run.diffusion.kl_to_noise().cpu().numpy()
     used, idle, names = token_names(run)
     order, top, colour = used + idle, rise.max(), COLOURS[run.settings.schedule]
-    sheet, height = Canvas(700, 270 + 18 * len(names)), 18 * len(names)
+    sheet, height = Canvas(700, 240 + 18 * len(names)), 18 * len(names)
     sheet.axes((190, 30, 480, 110), [], [("0", 0), (f"{kl.max():.1f}", 1)],
                title=f"bottleneck: KL per dimension, {run.settings.schedule}", curves=[(kl / kl.max(), colour)])
     shade = 255 - np.clip(rise[order] / top, 0, 1)[..., None] * np.array([235, 185, 115])       # white to dark blue
