@@ -1,7 +1,7 @@
 """Trains EncDiff: first the autoencoder, then token encoder and diffusion U-Net together; then scores it.
 
     python train.py                                  # built-in world, preset small
-    python train.py --preset tiny                    # two minutes: start here
+    python train.py --preset tiny                    # under three minutes: start here
     python train.py --data 3dshapes.h5               # the real file, nothing else changed
     python train.py --preset paper --device cuda     # the sizes and constants of the paper
     python train.py --resume --out runs/world-small-0
