@@ -44,7 +44,7 @@ def checked(z, y, points=1):
         if len(values) < 2:
             raise ValueError(f"factor {k} has one value in these {len(y)} points: leave it out, it cannot be scored")
     if len(z) < points:
-        raise ValueError(f"{points} points are needed and {len(z)} are there: give more, or ask for fewer")
+        raise ValueError(f"DCI needs {points} points, {len(z)} are there: give more, or leave it out by --metrics")
     return z.astype(np.float32), np.stack([inverse for _, inverse in classes], axis=1)
 
 
@@ -463,7 +463,7 @@ def attention(run, count=3):
     grey = (0.5 * images.mean(1, keepdim=True) + 0.3).repeat(3, 3, 1, 1)                # (3 count, 3, 64, 64)
     rows = [torch.lerp(grey, red, 0.8 * shares[n] / shares[n].max()) for n in used]
     sheet = grid([images.repeat(3, 1, 1, 1), *rows], ["picture", *(names[n] for n in used)],
-                 ["from left to right: early, middle and late in sampling (t from 999, 666 and 333 down)"])
+                 ["early, middle and late in sampling (t from 999, 666, 333 down); each row has its own scale"])
     sheet.save(run.folder / "attention.png")
 
 
@@ -529,11 +529,11 @@ def table(results):
     for r, s in zip(results, settings):
         lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append(r["scores"])
     columns, width = [c for c in COLUMNS if c in results[0]["scores"]], max(map(len, lines))
-    print(f"{'':{width}}  n", *(f"{COLUMNS[c]:>16}" for c in columns))
+    print(f"{'':{width}}  runs", *(f"{COLUMNS[c]:>16}" for c in columns))
     for key, scores in lines.items():
         values = np.array([[s[c] for c in columns] for s in scores])                    # (seeds, columns)
         spread = [f" +- {v:.3f}" for v in values.std(0, ddof=1)] if len(values) > 1 else [""] * len(columns)
-        print(f"{key:{width}}  {len(values)}", *(f"{f'{m:.3f}{s}':>16}" for m, s in zip(values.mean(0), spread)))
+        print(f"{key:{width}}  {len(values):4}", *(f"{f'{m:.3f}{s}':>16}" for m, s in zip(values.mean(0), spread)))
 
 
 def score_run(run, metrics):
@@ -562,8 +562,8 @@ def read_codes(path):
     try:
         with np.load(path) as file:
             return file["z"], file["y"]
-    except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} must be an .npz file with arrays z (n, N) and y (n, K): {error}") from None
+    except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is not an .npz file with arrays z (n, N) and y (n, K)") from None
 
 
 def main(argv=None):
@@ -576,8 +576,8 @@ def main(argv=None):
     parser.add_argument("--data", help="another data file to look at with the runs")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps [the first of cuda, mps, cpu that is there]")
     args = parser.parse_args(argv)
-    if bool(args.runs) == bool(args.codes):
-        raise ValueError("name run folders, or codes with --codes FILE, and not both")
+    if bool(args.runs) == bool(args.codes) or args.codes and (args.data or args.figures is not None):
+        raise ValueError("name run folders, or codes with --codes FILE (no pictures, no --data), and not both")
     results = []
     if args.codes:
         scores, protocol, seconds = score_codes(*read_codes(args.codes), args.metrics)

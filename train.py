@@ -146,6 +146,8 @@ def check(s):
         raise ValueError(f"--ema must be at least 0 and less than 1, not {s.ema}")
     if len(s.vae_betas) != 2 or not all(0 <= beta < 1 for beta in s.vae_betas):
         raise ValueError(f"--vae-betas must be two numbers from 0 to 1, such as 0.9,0.99, not {s.vae_betas}")
+    if s.attention_levels > len(s.multipliers):
+        raise ValueError(f"--attention-levels {s.attention_levels}: the U-Net has only {len(s.multipliers)} levels")
     if s.channels % 2:
         raise ValueError(f"--channels must be even (half sines, half cosines of t), not {s.channels}")
     if 0 < s.score_images < 15000:

@@ -198,6 +198,6 @@ def test_runs_of_one_setting_share_a_line(capsys):
 
     evaluate.table([result(0, 10, 0.8), result(1, 10, 0.9), result(0, 20, 1.0)])
     head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split() == ["n", "FactorVAE", "DCI", "D"]
+    assert head.split() == ["runs", "FactorVAE", "DCI", "D"]
     assert first.split() == "built-in world, steps 10 2 0.850 +- 0.071 0.425 +- 0.035".split()
     assert second.split() == "built-in world, steps 20 1 1.000 0.500".split()

@@ -215,7 +215,7 @@ def test_wrong_input_is_one_sentence(z, y, word):
 
 
 def test_too_few_points():
-    with pytest.raises(ValueError, match="15000 points are needed and 50 are there"):
+    with pytest.raises(ValueError, match="DCI needs 15000 points, 50 are there"):
         evaluate.dci_scores(GOOD[1], GOOD[0])
 
 
