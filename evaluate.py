@@ -470,8 +470,8 @@ def attention(run, count=3):
 def bottleneck(run):
     """The paper's bottleneck curve for the four schedules, with our latents and at the paper's scale; also as CSV."""
     sheet, head, columns = Canvas(860, 330), ["t"], [np.arange(1000)]
-    for i, (mean_square, factor, title) in enumerate([(1.0, 1, "unit-variance latents, as trained"),
-                                                      (67.6, 2, "mean square 67.6, times 2: the paper's figure")]):
+    for i, (mean_square, factor, title) in enumerate([(1.0, 1, "KL per dimension, unit-variance latents"),
+                                                      (67.6, 2, "twice the KL, mean square 67.6: as in the paper")]):
         kl = {name: factor * Diffusion(name).kl_to_noise(mean_square).numpy() for name in SCHEDULES}
         top, box = 4 * math.ceil(max(v.max() for v in kl.values()) / 4), (60 + 420 * i, 30, 350, 230)
         sheet.axes(box, T_TICKS, [(f"{top * v / 4:g}", v / 4) for v in range(5)], "t", title,
