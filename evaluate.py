@@ -396,9 +396,8 @@ def reconstruction(run):
     mse = [((x - images) / 2).square().mean().item() for x in (first_stage, rebuilt)]
     notes = [f"{name}: MSE {e:.5f}, PSNR {-10 * math.log10(e):.1f} dB ({len(images)} pictures)"
              for name, e in zip(("autoencoder only", "from tokens"), mse)]
-    sheet = grid([x[:10] for x in (images, first_stage, rebuilt, rebuilt - images)],
-                 ["original", "autoencoder only", "from tokens", "difference"], notes)
-    sheet.save(run.folder / "reconstruction.png")
+    grid([x[:10] for x in (images, first_stage, rebuilt, rebuilt - images)],
+         ["original", "autoencoder only", "from tokens", "difference"], notes).save(run.folder / "reconstruction.png")
     return dict(mse=mse[1], psnr=-10 * math.log10(mse[1]))
 
 
@@ -586,7 +585,8 @@ def main(argv=None):
         if args.figures is None:
             results.append(score_run(run, args.metrics))
             continue
-        run.importance = dci_scores(*run.codes(), run.settings.seed)["importance"]
+        codes = run.codes()                                         # too few for DCI: rows are named by number
+        run.importance = dci_scores(*codes, run.settings.seed)["importance"] if len(codes[0]) >= 15000 else None
         drawable = [f for f in FIGURES if f != "traversal" or run.settings.encoder == "scalar"]
         for name in tqdm(args.figures or drawable, desc="figures"):
             FIGURES[name](run)

@@ -184,8 +184,13 @@ def test_when_draws_what_it_measured(run, monkeypatch):
 
 def test_the_command_draws_into_the_folder(run, monkeypatch):
     monkeypatch.setattr(evaluate, "Run", lambda *args: run)
-    monkeypatch.setattr(evaluate, "dci_scores", lambda z, y, seed: {"importance": run.importance})
     assert evaluate.main([str(run.folder), "--figures", "bottleneck", "swap"]) == []
+    assert run.importance is None                                   # 100 codes are too few: no names for the rows
+    many, found = run.codes()[0].repeat(150, 0), np.zeros((N, 6))
+    run.codes = lambda: (many, None)
+    monkeypatch.setattr(evaluate, "dci_scores", lambda z, y, seed: {"importance": found})
+    evaluate.main([str(run.folder), "--figures", "bottleneck"])
+    assert run.importance is found
     assert {p.name for p in run.folder.glob("*.png")} == {"bottleneck.png", "swap.png"}
     with pytest.raises(SystemExit):
         evaluate.main([str(run.folder), "--figures", "portrait"])
