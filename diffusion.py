@@ -6,7 +6,7 @@ knows about tokens or networks: wherever a network is needed, the caller passes 
 `denoise(x_t, t) -> eps`, for example `lambda x, t: unet(x, t, tokens)`. Left out: learned variances
 and other prediction targets than eps, which EncDiff does not use.
 
-Exports: beta_schedule, Diffusion, ema_decay, update_ema.
+Exports: beta_schedule, Diffusion, Reconstruction (the paper's ablation without diffusion), ema_decay, update_ema.
 
 Letters (the papers'):  T steps, t in 0..T-1 (the papers count 1..T: our t is their t - 1), beta_t,
 alpha_t = 1 - beta_t, abar_t = product of alpha up to t, x_0 clean latent, x_t noisy latent, eps the
@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 SCHEDULES = ("linear", "sqrt_linear", "sqrt", "cosine")
+LOSSES = ("l1", "l2")
 
 
 def beta_schedule(name, steps=1000, first=0.0015, last=0.0155):
@@ -105,10 +106,7 @@ class Diffusion(nn.Module):
         denoise: (x_t, t) -> eps; t: (B,) in 0..T-1; kind: "l1" (as EncDiff's authors train) or "l2"
         (the papers' formula). Returns a scalar.
         """
-        if kind not in ("l1", "l2"):
-            raise ValueError(f"unknown loss {kind!r}: choose l1 or l2")
-        predicted = denoise(self.q_sample(x_0, t, eps), t)
-        return F.l1_loss(predicted, eps) if kind == "l1" else F.mse_loss(predicted, eps)
+        return distance(denoise(self.q_sample(x_0, t, eps), t), eps, kind)
 
     # ---- samplers: x_T -> x_0, both are loops over one step ---------------------------------------
 
@@ -155,6 +153,40 @@ class Diffusion(nn.Module):
             noise = normal_like(x, generator) if eta > 0 else torch.zeros_like(x)
             x = self.ddim_step(x, t, t_next, denoise(x, t), noise, eta)
         return x
+
+
+class Reconstruction(nn.Module):
+    """The paper's ablation without diffusion, in Diffusion's place: one step from a fixed input to x_0.
+
+    The network sees the same draw of N(0, I) whatever the picture is, at t = 0, so that all it knows comes from
+    the tokens; there is no noise level and nothing to remove. shape: (C, H, W) of the latent.
+    """
+
+    def __init__(self, shape):
+        super().__init__()
+        start = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))      # the same in every run
+        self.register_buffer("start", start, persistent=False)                          # (1, C, H, W)
+        self.steps = 1
+
+    def reconstruct(self, denoise, n):
+        """x_0 of n pictures, (n, C, H, W), as the network gives it from the fixed input."""
+        return denoise(self.start.repeat(n, 1, 1, 1), self.start.new_zeros(n, dtype=torch.long))
+
+    def loss(self, denoise, x_0, t=None, eps=None, kind="l1"):
+        """How far the rebuilt latent is from x_0 (B, C, H, W). t and eps are not looked at. Returns a scalar."""
+        return distance(self.reconstruct(denoise, len(x_0)), x_0, kind)
+
+    @torch.no_grad()
+    def ddim_sample(self, denoise, x_T, steps=1, eta=0.0, generator=None):
+        """x_0 (B, C, H, W), by one step. x_T gives only B; the rest is not looked at."""
+        return self.reconstruct(denoise, len(x_T))
+
+
+def distance(predicted, target, kind):
+    """Mean absolute ("l1") or squared ("l2") difference, a scalar."""
+    if kind not in LOSSES:
+        raise ValueError(f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
+    return F.l1_loss(predicted, target) if kind == "l1" else F.mse_loss(predicted, target)
 
 
 def view(values, like):

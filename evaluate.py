@@ -284,9 +284,10 @@ class Run:
         self.data, self.device = data, train.choose_device(device)
         self.folder = Path(folder) / f"on-{Path(data).stem}" if data else Path(folder)  # where results go
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
+        self.seconds = sum(line["seconds"] for line in train.read_log(folder, "tokens")[-1:])       # of training
         self.ds = open_dataset(data or self.settings.data or None)
         self.folder.mkdir(exist_ok=True)
-        self.diffusion = Diffusion(self.settings.schedule).to(self.device)
+        self.diffusion = train.build_diffusion(self.settings).to(self.device)
         self.importance = None                                      # (N, K) by DCI, once it is known
 
     def images(self, index):
@@ -327,8 +328,7 @@ class Run:
         DEVIATION: 50 steps of DDIM with eta 0 from one starting noise for all (the authors': 200 steps, eta 1),
         so that pictures differ only where their tokens do.
         """
-        side, pictures = self.ds.image_size // self.vae.factor, []
-        noise = self.noise((1, self.settings.latent_channels, side, side))
+        noise, pictures = self.noise((1, *train.latent_shape(self.settings))), []
         for part in tqdm(tokens.split(128), desc=desc, leave=False):
             x_T = noise.repeat(len(part), 1, 1, 1)                                      # (B, Z, h, w)
             x_0 = self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, part), x_T, DDIM_STEPS, ETA)
@@ -515,10 +515,20 @@ def when(run):
 FIGURES = {f.__name__: f for f in (reconstruction, swap, traversal, attention, bottleneck, when)}
 
 
+def why_not(s, name):
+    """Why a run with Settings s has no figure of this name; empty: it has one."""
+    if name == "traversal" and s.encoder != "scalar":
+        return f"its {s.encoder} tokens have no scalars to move"
+    if name in ("attention", "bottleneck", "when") and s.objective != "diffusion":
+        return "it was trained without noise levels"
+    return "its tokens enter without attention" if name == "attention" and s.conditioning != "cross-attention" else ""
+
+
 # ---- the command ----------------------------------------------------------------------------------
 
 COLUMNS = {"factor_vae": "FactorVAE", "disentanglement": "DCI D", "completeness": "DCI C",
-           "informativeness_test": "DCI I", "mig": "MIG", "beta_vae": "beta-VAE", "psnr": "PSNR"}
+           "informativeness_test": "DCI I", "mig": "MIG", "beta_vae": "beta-VAE", "psnr": "PSNR",
+           "parameters": "parameters", "step": "steps", "minutes": "minutes"}
 
 
 def table(results):
@@ -526,13 +536,18 @@ def table(results):
     settings = [{k: v for k, v in r["settings"].items() if k not in train.NOT_COMPARED} for r in results]
     differ, lines = [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)], {}
     for r, s in zip(results, settings):
-        lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append(r["scores"])
-    columns, width = [c for c in COLUMNS if c in results[0]["scores"]], max(map(len, lines))
+        lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append({**r, **r["scores"]})
+    columns = [c for c in COLUMNS if all(c in r for rows in lines.values() for r in rows)]
+    width = max(map(len, lines))
     print(f"{'':{width}}  runs", *(f"{COLUMNS[c]:>16}" for c in columns))
-    for key, scores in lines.items():
-        values = np.array([[s[c] for c in columns] for s in scores])                    # (seeds, columns)
-        spread = [f" +- {v:.3f}" for v in values.std(0, ddof=1)] if len(values) > 1 else [""] * len(columns)
-        print(f"{key:{width}}  {len(values):4}", *(f"{f'{m:.3f}{s}':>16}" for m, s in zip(values.mean(0), spread)))
+    for key, rows in lines.items():
+        cells = [f"{key:{width}}  {len(rows):4}"]
+        for column in columns:
+            values = np.array([row[column] for row in rows])                            # (seeds,)
+            text = f"{values.mean():.{0 if column in ('parameters', 'step') else 3}f}"
+            spread = f" +- {values.std(ddof=1):.3f}" if len(set(values)) > 1 else ""
+            cells.append(f"{text + spread:>16}")
+        print(*cells)
 
 
 def score_run(run, metrics):
@@ -551,6 +566,7 @@ def score_run(run, metrics):
                   scores={**old.get("scores", {}), **scores}, seconds={**old.get("seconds", {}), **seconds},
                   protocol={**old.get("protocol", {}), **protocol}, settings=dataclasses.asdict(run.settings),
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
+                  minutes=round(run.seconds / 60, 2),
                   importance=None if run.importance is None else run.importance.round(4).tolist())
     train.write_whole(file, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return result
@@ -587,9 +603,11 @@ def main(argv=None):
             continue
         codes = run.codes()                                         # too few for DCI: rows are named by number
         run.importance = dci_scores(*codes, run.settings.seed)["importance"] if len(codes[0]) >= 15000 else None
-        drawable = [f for f in FIGURES if f != "traversal" or run.settings.encoder == "scalar"]
-        for name in tqdm(args.figures or drawable, desc="figures"):
-            FIGURES[name](run)
+        for name in tqdm(args.figures or FIGURES, desc="figures"):
+            if not (reason := why_not(run.settings, name)):
+                FIGURES[name](run)
+            elif args.figures:
+                raise ValueError(f"{run.folder} has no figure {name}: {reason}")
     if results:
         table(results)
     return results

@@ -3,10 +3,11 @@
 Implements the U-Net of latent diffusion (Rombach et al. 2022, section 3.3) in the form EncDiff uses:
 residual blocks with scale-and-shift time conditioning, and transformer blocks (self attention, cross
 attention to the tokens, gated feed-forward) at the finer levels. The tokens enter through cross
-attention alone. With the defaults, the paper's Shapes3D setting, it has 37.47 M parameters.
+attention alone; for the paper's ablation without it, through the time embedding alone ("adagn").
+With the defaults, the paper's Shapes3D setting, it has 37.47 M parameters.
 
 Read from top to bottom: time embedding, attention, transformer block, residual block, U-Net.
-Exports: UNet. Left out of the original: class labels, dropout, gradient checkpointing.
+Exports: UNet, CONDITIONINGS. Left out of the original: class labels, dropout, gradient checkpointing.
 
 Letters:  B batch, C channels, H, W height and width, L = H * W places, N concept tokens, D token
 dimension, h heads, d channels of a head, E width of the time embedding.
@@ -16,6 +17,8 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+CONDITIONINGS = ("cross-attention", "adagn")
 
 
 # ---- time -----------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ class GatedFeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self attention, cross attention to the tokens, feed-forward, on the places of a feature map."""
+    """Self attention, cross attention to the tokens (none if token_dim is 0), feed-forward, on a feature map."""
 
     def __init__(self, channels, token_dim, heads, groups):
         super().__init__()
@@ -92,8 +95,8 @@ class TransformerBlock(nn.Module):
         self.project_in = nn.Conv2d(channels, channels, 1)
         self.norm_self = nn.LayerNorm(channels)
         self.self_attention = Attention(channels, channels, heads)
-        self.norm_cross = nn.LayerNorm(channels)
-        self.cross_attention = Attention(channels, token_dim, heads)
+        self.norm_cross = nn.LayerNorm(channels) if token_dim else None
+        self.cross_attention = Attention(channels, token_dim, heads) if token_dim else None
         self.norm_feed_forward = nn.LayerNorm(channels)
         self.feed_forward = GatedFeedForward(channels)
         self.project_out = nn.Conv2d(channels, channels, 1)
@@ -104,7 +107,8 @@ class TransformerBlock(nn.Module):
         y = self.project_in(self.norm(x)).flatten(2).transpose(1, 2)                    # (B, L, C)
         normed = self.norm_self(y)                                                      # (B, L, C)
         y = y + self.self_attention(normed, normed)                                     # (B, L, C)
-        y = y + self.cross_attention(self.norm_cross(y), tokens, maps)                  # (B, L, C)
+        if self.cross_attention is not None:
+            y = y + self.cross_attention(self.norm_cross(y), tokens, maps)              # (B, L, C)
         y = y + self.feed_forward(self.norm_feed_forward(y))                            # (B, L, C)
         y = y.transpose(1, 2).unflatten(2, (H, W))                                      # (B, C, H, W)
         return x + self.project_out(y)                                                  # (B, C, H, W)
@@ -159,13 +163,19 @@ class UNet(nn.Module):
 
     channels * multipliers: width of each level, finest first; n_res_blocks a level on the way down, one
     more on the way up; attention_levels: how many levels, counted from the finest, have transformer
-    blocks (the middle always has one). The defaults are the paper's. Raises ValueError when widths,
-    heads and groups do not fit together.
+    blocks (the middle always has one). The defaults are the paper's.
+
+    conditioning: how the tokens enter. "cross-attention": as keys and values, any number of them. "adagn", the
+    paper's ablation: flattened, by a small MLP, they join the time embedding and so scale and shift every
+    residual block (adaptive group norm); there is no cross attention then, and n_tokens must be theirs.
+    Raises ValueError when widths, heads and groups do not fit together, or for an unknown conditioning.
     """
 
     def __init__(self, in_channels=3, channels=64, multipliers=(1, 2, 4, 4), n_res_blocks=2,
-                 attention_levels=3, heads=8, token_dim=16, groups=32):
+                 attention_levels=3, heads=8, token_dim=16, groups=32, conditioning="cross-attention", n_tokens=20):
         super().__init__()
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(f"unknown conditioning {conditioning!r}: choose one of {', '.join(CONDITIONINGS)}")
         widths = [channels * m for m in multipliers]
         for width in widths:
             if width % heads or width % groups:
@@ -173,6 +183,10 @@ class UNet(nn.Module):
                                  f"{groups} groups: choose a width that both divide")
         E = 4 * channels
         self.time_mlp = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
+        self.token_mlp = None
+        if conditioning == "adagn":
+            self.token_mlp = nn.Sequential(nn.Linear(n_tokens * token_dim, E), nn.SiLU(), nn.Linear(E, E))
+            token_dim = 0                                           # no block gets a cross attention
         attention = dict(token_dim=token_dim, heads=heads)
 
         def block(c_in, c_out, resample=None, attend=False):
@@ -218,10 +232,13 @@ class UNet(nn.Module):
         x: x_t, (B, C, H, W) float, H and W divisible by 2^(levels - 1); t: (B,) int64 in 0..T-1;
         tokens: (B, N, D) float. maps: pass an empty list to get every cross-attention map, one
         (B, h, L, N) tensor of probabilities per transformer block, in the order the blocks run
-        (the finest level first on the way down); L = H * W of that block's level.
+        (the finest level first on the way down); L = H * W of that block's level. None come with "adagn".
         """
         embedding = timestep_embedding(t, self.conv_in.out_channels)                    # (B, C_0)
-        embedding = F.silu(self.time_mlp(embedding))                                    # (B, E)
+        embedding = self.time_mlp(embedding)                                            # (B, E)
+        if self.token_mlp is not None:
+            embedding = embedding + self.token_mlp(tokens.flatten(1))                   # (B, N * D) -> (B, E)
+        embedding = F.silu(embedding)                                                   # (B, E)
         y = self.conv_in(x)                                                             # (B, C_0, H, W)
         skips = [y]
         for block in self.down:

@@ -9,7 +9,7 @@
 Every field of Settings is a flag. A run folder holds settings.json, log.jsonl (one JSON object a line),
 vae.pt (first stage), model.pt (encoder, U-Net and its average), pictures (PNG) and scores.json.
 
-Exports: Settings, PRESETS, build_autoencoder, build_networks, main.
+Exports: Settings, PRESETS, build_autoencoder, build_networks, build_diffusion, main.
 Letters:  B batch, Z latent channels, h, w height and width of the latent, N tokens, D token dimension.
 """
 import argparse
@@ -26,9 +26,9 @@ import torch
 from tqdm import tqdm
 
 from data import open_dataset
-from diffusion import SCHEDULES, Diffusion, ema_decay, update_ema
+from diffusion import LOSSES, SCHEDULES, Diffusion, Reconstruction, ema_decay, update_ema
 from encoder import KINDS, ConceptEncoder
-from model import UNet
+from model import CONDITIONINGS, UNet
 from vae import Autoencoder
 
 
@@ -77,8 +77,12 @@ class Settings:
     attention_levels: int = setting(2, "its levels with transformer blocks, from the finest (paper: 3)")
     heads: int = setting(2, "attention heads, h (paper: 8)")
     groups: int = setting(8, "groups of its group norms (paper: 32)")
+    conditioning: str = setting("cross-attention", "how the tokens reach the U-Net (paper: cross-attention)",
+                                CONDITIONINGS)
+    objective: str = setting("diffusion", "predict the noise, or rebuild the latent from a fixed input in one step "
+                             "(paper: diffusion)", ("diffusion", "reconstruct"))
     schedule: str = setting("linear", "noise schedule, beta_t (paper: linear)", SCHEDULES)
-    loss: str = setting("l1", "of the predicted noise (paper's code: l1)", ("l1", "l2"))
+    loss: str = setting("l1", "of the predicted noise (paper's code: l1)", LOSSES)
     # optimisation
     steps: int = setting(8000, "training steps of tokens and U-Net (paper: not given)")
     batch_size: int = setting(128, "images a step, B (paper: 128)")
@@ -152,16 +156,21 @@ def check(s):
         raise ValueError(f"--channels must be even (half sines, half cosines of t), not {s.channels}")
     if 0 < s.score_images < 15000:
         raise ValueError(f"--score-images must be 0 (all) or at least 15000, as DCI needs, not {s.score_images}")
-    factor = s.patch * 2 ** (len(s.vae_multipliers) - 1)
-    if 64 % factor:
+    if 64 % (factor := s.patch * 2 ** (len(s.vae_multipliers) - 1)):
         raise ValueError(f"64-pixel pictures cannot be shrunk {factor} times: change --patch {s.patch} or the number "
                          f"of --vae-multipliers, {len(s.vae_multipliers)}")
-    if 64 // factor % 2 ** (len(s.multipliers) - 1):
-        raise ValueError(f"the U-Net's {len(s.multipliers)} levels cannot halve {64 // factor}x{64 // factor} latents "
+    if (side := latent_shape(s)[1]) % 2 ** (len(s.multipliers) - 1):
+        raise ValueError(f"the U-Net's {len(s.multipliers)} levels cannot halve {side}x{side} latents "
                          f"{len(s.multipliers) - 1} times: choose fewer --multipliers or a smaller --patch")
 
 
 # ---- parts ----------------------------------------------------------------------------------------
+
+def latent_shape(s):
+    """(Z, h, w) of the latents that the first stage makes of 64x64 pictures."""
+    side = 64 // (s.patch * 2 ** (len(s.vae_multipliers) - 1))
+    return s.latent_channels, side, side
+
 
 def build_autoencoder(s):
     """The first stage that Settings s describe."""
@@ -173,8 +182,13 @@ def build_networks(s):
     """Token encoder and U-Net; N and D reach both from the same two settings."""
     encoder = ConceptEncoder(s.encoder, s.tokens, s.token_dim, s.encoder_width, s.encoder_strides)
     unet = UNet(s.latent_channels, s.channels, s.multipliers, s.res_blocks, s.attention_levels, s.heads, s.token_dim,
-                s.groups)
+                s.groups, s.conditioning, s.tokens)
     return encoder, unet
+
+
+def build_diffusion(s):
+    """The noise schedule with its loss and samplers; for the ablation without diffusion, what stands in its place."""
+    return Diffusion(s.schedule) if s.objective == "diffusion" else Reconstruction(latent_shape(s))
 
 
 def choose_device(name):
@@ -208,11 +222,6 @@ def write_whole(path, write):
                       "make room and go on from there (train.py --resume, or evaluate.py)") from None
 
 
-def save(path, parts):
-    """Writes a checkpoint: a dict of plain types and tensors."""
-    write_whole(path, lambda temporary: torch.save(parts, temporary))
-
-
 def load(path, *parts):
     """A checkpoint with these parts, as save wrote it, on the CPU. OSError or ValueError with one sentence."""
     try:
@@ -226,17 +235,33 @@ def load(path, *parts):
         raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def random_state(device):
-    """State of the generators that training draws from, as plain tensors."""
-    return {"cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+def save(path, s, step, device, **parts):
+    """Writes a checkpoint of plain types: settings, step, the parts' states and the random generators' state."""
+    random = {"cpu": torch.get_rng_state(),
+              "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    saved = dict(settings=dataclasses.asdict(s), step=step, random=random,
+                 **{name: part.state_dict() for name, part in parts.items()})
+    write_whole(path, lambda temporary: torch.save(saved, temporary))
 
 
-def set_random_state(state, device):
-    """Puts back what random_state gave."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def restore(path, device, **parts):
+    """Puts a checkpoint's states into these parts and the random generators. Returns its step, 0 without a file."""
+    if not path.exists():
+        return 0
+    saved = load(path, *parts, "step", "random")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"]["cpu"])
+    if device.type == "cuda" and saved["random"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+    return saved["step"]
+
+
+def read_log(out, stage):
+    """The lines that this stage of a run has logged: dicts with stage, step, loss and seconds, oldest first."""
+    file = Path(out) / "log.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line for line in (json.loads(text) for text in lines if text.endswith("}")) if line["stage"] == stage]
 
 
 class Log:
@@ -245,17 +270,12 @@ class Log:
     def __init__(self, out, stage, first_step, steps, batch_size, minutes):
         self.path, self.stage, self.batch_size = out / "log.jsonl", stage, batch_size
         self.minutes, self.saved = minutes, time.monotonic()
-        kept = [line for line in self.lines() if not (line["stage"] == stage and line["step"] > first_step)]
-        self.seconds = max([line["seconds"] for line in kept if line["stage"] == stage], default=0.0)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        mine = [line for line in read_log(out, stage) if line["step"] <= first_step]     # the rest is done again
+        before = read_log(out, "vae") if stage == "tokens" else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in before + mine))
+        self.seconds = mine[-1]["seconds"] if mine else 0.0
         self.started = time.monotonic() - self.seconds
         self.bar = tqdm(total=steps, initial=first_step, desc=stage, unit="step", mininterval=1.0)
-
-    def lines(self):
-        """What earlier parts of the run logged."""
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
 
     def write(self, step, loss, also):
         """Logs one step's loss; ValueError when training has broken down: loss or `also` is not finite."""
@@ -285,15 +305,9 @@ def train_first_stage(s, ds, out, device):
     torch.manual_seed(s.seed)
     vae = build_autoencoder(s).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, s.vae_betas, fused=device.type in ("cpu", "cuda"))
-    step = 0
-    if (out / "vae.pt").exists():
-        saved = load(out / "vae.pt", "vae", "step", "optimizer", "random")
-        vae.load_state_dict(saved["vae"])
-        if saved["step"] >= s.vae_steps:
-            return vae.eval().requires_grad_(False)
-        optimizer.load_state_dict(saved["optimizer"])
-        set_random_state(saved["random"], device)
-        step = saved["step"]
+    step = restore(out / "vae.pt", device, vae=vae, optimizer=optimizer)
+    if step >= s.vae_steps:
+        return vae.eval().requires_grad_(False)
     log = Log(out, "vae", step, s.vae_steps, s.vae_batch_size, s.checkpoint_minutes)
     while step < s.vae_steps:
         images = ds.images(torch.randint(len(ds), (s.vae_batch_size,))).to(device)      # (B, 3, 64, 64)
@@ -311,36 +325,46 @@ def train_first_stage(s, ds, out, device):
             if step == s.vae_steps:
                 vae.eval().set_scale(ds.images(torch.randint(len(ds), (1024,))).to(device))
             if step == s.vae_steps or log.due():
-                save(out / "vae.pt", dict(settings=dataclasses.asdict(s), step=step, vae=vae.state_dict(),
-                                          optimizer=optimizer.state_dict(), random=random_state(device)))
+                save(out / "vae.pt", s, step, device, vae=vae, optimizer=optimizer)
                 log.saved = time.monotonic()
     log.bar.close()
     return vae.requires_grad_(False)
 
 
+@torch.no_grad()
+def encode_all(s, ds, vae, device, most=2 ** 31, batch_size=512):
+    """Latents of all images, (n, Z, h, w) float16 on the device, when that saves time: the autoencoder is frozen.
+
+    None when training looks at no more pictures than there are, or when they would take over `most` bytes.
+    """
+    shape = (len(ds), *latent_shape(s))
+    if s.steps * s.batch_size <= len(ds) or 2 * math.prod(shape) > most:
+        return None
+    latents = torch.empty(shape, dtype=torch.float16, device=device)                    # (n, Z, h, w)
+    for part in tqdm(torch.arange(len(ds)).split(batch_size), desc="latents", unit="batch", mininterval=1.0):
+        latents[part[0]:part[-1] + 1] = vae.encode(ds.images(part).to(device))
+    return latents
+
+
 def train_tokens(s, ds, vae, out, device):
     """Trains token encoder and U-Net on the noise-prediction loss alone (EncDiff, method section)."""
     torch.manual_seed(s.seed + 1)
-    diffusion = Diffusion(s.schedule).to(device)
+    diffusion = build_diffusion(s).to(device)
     encoder, unet = (part.to(device, memory_format=torch.channels_last) for part in build_networks(s))
     ema = copy.deepcopy(unet).requires_grad_(False)                 # of the U-Net alone, as in the official code
     parameters = [*encoder.parameters(), *unet.parameters()]
     optimizer = torch.optim.AdamW(parameters, s.lr, fused=device.type in ("cpu", "cuda"))
-    step = 0
-    if (out / "model.pt").exists():
-        saved = load(out / "model.pt", "encoder", "unet", "ema", "step", "optimizer", "random")
-        encoder.load_state_dict(saved["encoder"]), unet.load_state_dict(saved["unet"])
-        ema.load_state_dict(saved["ema"]), optimizer.load_state_dict(saved["optimizer"])
-        set_random_state(saved["random"], device)
-        step = saved["step"]
+    state = dict(encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
+    step = restore(out / "model.pt", device, **state)
     if step >= s.steps:
         return
+    latents = encode_all(s, ds, vae, device)                        # (n, Z, h, w), or None
     log = Log(out, "tokens", step, s.steps, s.batch_size, s.checkpoint_minutes)
     while step < s.steps:
         # data
-        images = ds.images(torch.randint(len(ds), (s.batch_size,))).to(device)          # (B, 3, 64, 64)
-        with torch.no_grad():
-            x_0 = vae.encode(images)                                                    # (B, Z, h, w)
+        index = torch.randint(len(ds), (s.batch_size,))                                 # (B,)
+        images = ds.images(index).to(device)                                            # (B, 3, 64, 64)
+        x_0 = vae.encode(images) if latents is None else latents[index].float()         # (B, Z, h, w)
         # tokens
         tokens = encoder(images)                                                        # (B, N, D)
         # noise
@@ -363,9 +387,7 @@ def train_tokens(s, ds, vae, out, device):
         if step % LOG_EVERY == 0 or step == s.steps:
             log.write(step, loss.item(), norm.item())
             if step == s.steps or log.due():
-                save(out / "model.pt", dict(settings=dataclasses.asdict(s), step=step, encoder=encoder.state_dict(),
-                                            unet=unet.state_dict(), ema=ema.state_dict(),
-                                            optimizer=optimizer.state_dict(), random=random_state(device)))
+                save(out / "model.pt", s, step, device, **state)
                 log.saved = time.monotonic()
     log.bar.close()
 
@@ -454,12 +476,12 @@ def main(argv=None):
     borrowed = load(Path(s.vae) / "vae.pt") if s.vae and not (out / "vae.pt").exists() else None
     write_settings(s, out)
     if borrowed:
-        save(out / "vae.pt", borrowed)
+        write_whole(out / "vae.pt", lambda temporary: torch.save(borrowed, temporary))
     print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
     for name, part in zip(("autoencoder", "token encoder", "U-Net"), parts):
         print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
     vae = train_first_stage(s, ds, out, device)
-    print(f"latent: {64 // vae.factor}x{64 // vae.factor}x{s.latent_channels}, scaled by {vae.scale.item():.4f}")
+    print("latent: {}x{}x{}, scaled by {:.4f}".format(*latent_shape(s), vae.scale.item()))
     train_tokens(s, ds, vae, out, device)
     score_run(out, device)
     return out

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from diffusion import SCHEDULES, Diffusion, beta_schedule, ema_decay, update_ema
+from diffusion import SCHEDULES, Diffusion, Reconstruction, beta_schedule, ema_decay, update_ema
 
 
 def test_schedules_closed_forms():
@@ -147,3 +147,21 @@ def test_ema():
     update_ema(ema, model, 0.75)
     assert torch.allclose(ema.weight, torch.full((3,), 1.25)) and torch.equal(ema.running_mean, model.running_mean)
     assert ema_decay(1) == 2 / 11 and ema_decay(10 ** 9) == 0.9999 and ema_decay(10 ** 9, 0.9) == 0.9
+
+
+def test_reconstruction_ignores_noise_and_level():
+    """The ablation without diffusion: the network is asked once, always with the same x and t = 0."""
+    seen = []
+
+    def denoise(x, t):
+        seen.append((x, t))
+        return x + 0.5
+
+    x_0 = torch.randn(5, 3, 2, 7)
+    losses = [Reconstruction((3, 2, 7)).loss(denoise, x_0, torch.full((5,), t), torch.randn_like(x_0)) for t in (3, 900)]
+    out = Reconstruction((3, 2, 7)).ddim_sample(denoise, torch.randn_like(x_0), 50)
+    assert torch.equal(*losses) and len(seen) == 3
+    for x, t in seen:
+        assert torch.equal(x, seen[0][0]) and torch.equal(x[:1].expand_as(x), x) and not t.any() and x.std() > 0.5
+    assert torch.equal(out, seen[0][0] + 0.5) and (losses[0] - (out - x_0).abs().mean()).abs() < 1e-6
+    assert (Reconstruction((3, 2, 7)).loss(denoise, x_0, kind="l2") - (out - x_0).square().mean()).abs() < 1e-6

@@ -28,9 +28,8 @@ def run(tmp_path, monkeypatch, world):
     with torch.no_grad():
         encoder.head.to_scalars.weight.mul_(20)
     train.write_settings(dataclasses.replace(s, out=str(tmp_path)), tmp_path)
-    train.save(tmp_path / "vae.pt", dict(step=1, vae=vae.state_dict()))
-    train.save(tmp_path / "model.pt", dict(step=7, encoder=encoder.state_dict(), unet=unet.state_dict(),
-                                           ema=unet.state_dict()))
+    train.save(tmp_path / "vae.pt", s, 1, torch.device("cpu"), vae=vae)
+    train.save(tmp_path / "model.pt", s, 7, torch.device("cpu"), encoder=encoder, unet=unet, ema=unet)
     monkeypatch.setattr(evaluate, "open_dataset", lambda path: world)
     monkeypatch.setattr(evaluate, "DDIM_STEPS", 3)
     monkeypatch.setattr(evaluate, "PSNR_IMAGES", 12)

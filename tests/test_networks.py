@@ -48,6 +48,28 @@ def test_changing_a_token_changes_the_output_permuting_does_not():
     assert (unet(x, t, tokens[:, torch.randperm(7)]) - out).abs().max() < 1e-4
 
 
+def test_adagn_has_no_path_through_attention():
+    unet, (x, t, tokens) = small_unet(conditioning="adagn", n_tokens=7), inputs()
+    assert not [name for name, _ in unet.named_parameters() if "cross" in name]
+    maps, out = [], unet(x, t, tokens)
+    assert torch.equal(unet(x, t, tokens, maps), out) and not maps
+    tokens.requires_grad_()
+    unet(x, t, tokens).square().sum().backward()
+    assert (tokens.grad.abs() > 0).all()
+    with torch.no_grad():                                           # the one way in, closed
+        unet.token_mlp[0].weight.zero_()
+        assert torch.equal(unet(x, t, tokens + 1), unet(x, t, tokens))
+    assert (out - unet(x, t, tokens)).abs().max() > 1e-3            # and open it had mattered
+    with pytest.raises(ValueError, match="unknown conditioning 'film'"):
+        UNet(conditioning="film")
+
+
+def test_adagn_and_cross_attention_have_about_as_many_parameters():
+    small = dict(in_channels=4, channels=32, multipliers=(1, 2), n_res_blocks=1, attention_levels=2, heads=2, groups=8)
+    for sizes in ({}, small):
+        assert abs(count(UNet(**sizes, conditioning="adagn")) / count(UNet(**sizes)) - 1) < 0.03
+
+
 def test_output_depends_on_t_and_on_each_image_alone():
     unet, (x, t, tokens) = small_unet(), inputs()
     out = unet(x, t, tokens)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from train import Log, Settings, learning_rate, load, parse, save
+from train import Log, Settings, learning_rate, load, parse, read_log, save
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--vae-steps 12 --steps 30 --batch-size 8 --vae-batch-size 8 --channels 8 --multipliers 1,2 --heads 2 "
@@ -64,10 +64,25 @@ def test_a_run_writes_what_it_says(quick, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--encoder vector", "--encoder slot", "--first-stage vq", "--loss l2 --decay none",
-                                   "--schedule cosine --clip 0"])
-def test_every_alternative_trains(quick, tmp_path, flags):
+                                   "--schedule cosine --clip 0", "--conditioning adagn", "--objective reconstruct",
+                                   "--conditioning adagn --objective reconstruct --encoder slot"])
+def test_every_alternative_trains_and_reloads(quick, tmp_path, flags):
     out = train.main([*SMALL, *flags.split(), "--steps", "4", "--out", str(tmp_path / "run")])
-    assert load(out / "model.pt")["step"] == 4
+    s, vae, encoder, unet, step = train.load_run(out, torch.device("cpu"))
+    assert step == 4
+    tokens, shape = encoder(Few().images([1, 2, 3])), train.latent_shape(s)
+    assert tokens.shape == (3, 5, 6)
+    x_0 = train.build_diffusion(s).ddim_sample(lambda x, t: unet(x, t, tokens), torch.randn(3, *shape), 1)
+    assert vae.decode(x_0).shape == (3, 3, 64, 64)
+
+
+def test_latents_encoded_once_are_those_of_the_loop(quick):
+    s = Settings(steps=30, batch_size=8)
+    vae = train.build_autoencoder(s).eval().requires_grad_(False)
+    latents = train.encode_all(s, Few(), vae, torch.device("cpu"), batch_size=7)        # 40 images, the last batch of 5
+    assert (latents.float() - vae.encode(Few().images(range(40)))).abs().max() < 2e-3 * latents.abs().max()
+    assert train.encode_all(Settings(steps=5, batch_size=8), Few(), vae, torch.device("cpu")) is None
+    assert train.encode_all(s, Few(), vae, torch.device("cpu"), most=10000) is None
 
 
 def test_training_lowers_the_loss(quick, tmp_path):
@@ -173,8 +188,8 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(quick, tmp_path, monkeypat
 
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save(path, {"step": 1})
+    path, cpu = tmp_path / "model.pt", torch.device("cpu")
+    save(path, Settings(), 1, cpu)
 
     def full(parts, file):
         Path(file).write_bytes(b"half a checkpo")
@@ -182,14 +197,14 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="could not write.*--resume"):
-        save(path, {"step": 2})
-    assert load(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+        save(path, Settings(), 2, cpu)
+    assert load(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_damaged_and_missing_checkpoints(tmp_path):
     with pytest.raises(OSError, match="missing"):
         load(tmp_path / "model.pt")
-    save(tmp_path / "model.pt", {"x": torch.zeros(1000)})
+    save(tmp_path / "model.pt", Settings(), 1, torch.device("cpu"))
     whole = (tmp_path / "model.pt").read_bytes()
     (tmp_path / "model.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
@@ -234,6 +249,6 @@ def test_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
     log = Log(tmp_path, "tokens", 0, 20, 4, 1.0)
     log.write(5, 0.5, 1.0), log.write(10, 0.4, 1.0)
     log = Log(tmp_path, "tokens", 5, 20, 4, 1.0)
-    assert [line["step"] for line in log.lines()] == [5]
+    assert [line["step"] for line in read_log(tmp_path, "tokens")] == [5]
     with pytest.raises(ValueError, match="step 15"):
         log.write(15, math.inf, 1.0)
