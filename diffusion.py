@@ -100,6 +100,14 @@ class Diffusion(nn.Module):
         """
         return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
 
+    def draw_t(self, n):
+        """Noise levels for n images, (n,) int64, each of 0..T-1 as likely as the others.
+
+        DEVIATION: one t from each of n equal parts of 0..T-1, not n independent ones: less noise in the gradient.
+        """
+        T, device = self.steps, self.abar.device
+        return (torch.arange(n, device=device) * T + torch.randint(T, (n,), device=device)) // n        # (n,)
+
     def loss(self, denoise, x_0, t, eps, kind="l1"):
         """The simple loss (DDPM equation 14; EncDiff's only loss): how far the predicted noise is off.
 
@@ -166,11 +174,14 @@ class Reconstruction(nn.Module):
         super().__init__()
         start = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))      # the same in every run
         self.register_buffer("start", start, persistent=False)                          # (1, C, H, W)
-        self.steps = 1
+
+    def draw_t(self, n):
+        """There are no noise levels: zeros, (n,) int64."""
+        return self.start.new_zeros(n, dtype=torch.long)
 
     def reconstruct(self, denoise, n):
         """x_0 of n pictures, (n, C, H, W), as the network gives it from the fixed input."""
-        return denoise(self.start.repeat(n, 1, 1, 1), self.start.new_zeros(n, dtype=torch.long))
+        return denoise(self.start.repeat(n, 1, 1, 1), self.draw_t(n))
 
     def loss(self, denoise, x_0, t=None, eps=None, kind="l1"):
         """How far the rebuilt latent is from x_0 (B, C, H, W). t and eps are not looked at. Returns a scalar."""

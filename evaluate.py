@@ -284,7 +284,7 @@ class Run:
         self.data, self.device = data, train.choose_device(device)
         self.folder = Path(folder) / f"on-{Path(data).stem}" if data else Path(folder)  # where results go
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
-        self.seconds = sum(line["seconds"] for line in train.read_log(folder, "tokens")[-1:])       # of training
+        self.seconds = max([x["seconds"] for x in train.read_log(folder) if x["stage"] == "tokens"], default=0.0)
         self.ds = open_dataset(data or self.settings.data or None)
         self.folder.mkdir(exist_ok=True)
         self.diffusion = train.build_diffusion(self.settings).to(self.device)
@@ -568,7 +568,7 @@ def score_run(run, metrics):
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
                   minutes=round(run.seconds / 60, 2),
                   importance=None if run.importance is None else run.importance.round(4).tolist())
-    train.write_whole(file, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    train.write_json(file, result)
     return result
 
 

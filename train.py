@@ -34,9 +34,14 @@ from vae import Autoencoder
 
 # ---- settings -------------------------------------------------------------------------------------
 
-def setting(default, help, choices=None):
-    """One field of Settings: its default (preset small) and the text of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help, choices=None, low=None, high=math.inf):
+    """One field of Settings: its default (preset small), the text of its flag, and what it may be.
+
+    A number, or each of a tuple, is low..high; without `low`, whole numbers are at least 1, others above 0.
+    """
+    kind = type(default[0] if isinstance(default, tuple) else default)
+    low = {int: 1, float: 1e-9}.get(kind) if low is None else low
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, kind=kind, low=low, high=high))
 
 
 @dataclasses.dataclass
@@ -46,9 +51,9 @@ class Settings:
     # run
     data: str = setting("", "a data file; empty: the built-in world")
     out: str = setting("", "run folder; empty: runs/<data>-<preset>-<seed>")
-    seed: int = setting(0, "of weights, batches and noise")
+    seed: int = setting(0, "of weights, batches and noise", low=0)
     device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
-    checkpoint_minutes: float = setting(2.0, "minutes between checkpoints")
+    checkpoint_minutes: float = setting(2.0, "minutes between checkpoints", low=0)
     # first stage
     first_stage: str = setting("kl", "autoencoder with a Gaussian or a quantised latent (paper: vq)", ("kl", "vq"))
     vae: str = setting("", "a run folder whose first stage is used instead of training one")
@@ -62,8 +67,8 @@ class Settings:
     vae_steps: int = setting(4000, "its training steps")
     vae_batch_size: int = setting(16, "its images a step (paper: 128 x 2)")
     vae_lr: float = setting(5e-3, "its highest learning rate (paper: 1.15e-3)")
-    vae_betas: tuple = setting((0.9, 0.99), "of its Adam (paper: 0.5,0.9)")
-    vae_warmup: int = setting(100, "its steps of linear warm-up (paper: 0)")
+    vae_betas: tuple = setting((0.9, 0.99), "of its Adam (paper: 0.5,0.9)", low=0, high=0.9999)
+    vae_warmup: int = setting(100, "its steps of linear warm-up (paper: 0)", low=0)
     # tokens
     encoder: str = setting("scalar", "kind of concept tokens (paper: scalar)", KINDS)
     tokens: int = setting(20, "concept tokens, N (paper: 20)")
@@ -74,7 +79,7 @@ class Settings:
     channels: int = setting(32, "width of the U-Net's finest level (paper: 64)")
     multipliers: tuple = setting((1, 2), "its levels' widths / channels (paper: 1,2,4,4)")
     res_blocks: int = setting(1, "its residual blocks a level (paper: 2)")
-    attention_levels: int = setting(2, "its levels with transformer blocks, from the finest (paper: 3)")
+    attention_levels: int = setting(2, "its levels with transformer blocks, from the finest (paper: 3)", low=0)
     heads: int = setting(2, "attention heads, h (paper: 8)")
     groups: int = setting(8, "groups of its group norms (paper: 32)")
     conditioning: str = setting("cross-attention", "how the tokens reach the U-Net (paper: cross-attention)",
@@ -87,11 +92,12 @@ class Settings:
     steps: int = setting(8000, "training steps of tokens and U-Net (paper: not given)")
     batch_size: int = setting(128, "images a step, B (paper: 128)")
     lr: float = setting(3e-3, "highest learning rate (paper: 2.56e-4)")
-    warmup: int = setting(300, "steps of linear warm-up (paper: 10000)")
+    betas: tuple = setting((0.9, 0.99), "of its AdamW (paper: 0.9,0.999)", low=0, high=0.9999)
+    warmup: int = setting(300, "steps of linear warm-up (paper: 10000)", low=0)
     decay: str = setting("cosine", "of both learning rates after their warm-up (paper: none)", ("cosine", "none"))
-    clip: float = setting(1.0, "largest norm of the gradient; 0: any (paper: 0)")
-    ema: float = setting(0.999, "limit of the U-Net average's decay (paper: 0.9999)")
-    score_images: int = setting(0, "images that are encoded for the scores, drawn at random; 0: all (paper: all)")
+    clip: float = setting(1.0, "largest norm of the gradient; 0: any (paper: 0)", low=0)
+    ema: float = setting(0.999, "limit of the U-Net average's decay (paper: 0.9999)", low=0, high=0.99999)
+    score_images: int = setting(0, "images encoded for the scores, drawn at random; 0: all (paper: all)", low=0)
 
 
 # DEVIATION: "small" and "tiny" are not the paper's: patches, few channels and heads, coarser strides, a learning
@@ -104,7 +110,7 @@ PRESETS = {
                   latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9),
                   vae_warmup=0, encoder_width=128, encoder_strides=(2, 2, 2, 2), channels=64,
                   multipliers=(1, 2, 4, 4), res_blocks=2, attention_levels=3, heads=8, groups=32, steps=37500,
-                  batch_size=128, lr=2.56e-4, warmup=10000, decay="none", clip=0.0, ema=0.9999),
+                  batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000, decay="none", clip=0.0, ema=0.9999),
 }
 FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
                "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas", "vae_warmup")
@@ -119,13 +125,18 @@ def parse(argv):
     parser.add_argument("--resume", action="store_true", help="continue the run in --out (or the default folder)")
     for field in dataclasses.fields(Settings):
         kind = type(field.default)
-        parser.add_argument("--" + field.name.replace("_", "-"), choices=field.metadata["choices"],
+        parser.add_argument("--" + flag(field.name), choices=field.metadata["choices"],
                             type=numbers if kind is tuple else kind,
                             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
                             help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume", False)
     return Settings(**{**PRESETS[given.get("preset", "small")], **given}), resume, given
+
+
+def flag(name):
+    """A field's name as the command line has it: vae_lr -> vae-lr"""
+    return name.replace("_", "-")
 
 
 def numbers(text):
@@ -135,21 +146,13 @@ def numbers(text):
 
 def check(s):
     """ValueError with one sentence when a setting is impossible by itself."""
-    for name in ("tokens", "token_dim", "channels", "heads", "groups", "res_blocks", "batch_size", "vae_batch_size",
-                 "vae_channels", "vae_res_blocks", "vae_groups", "patch", "latent_channels", "codebook_size",
-                 "encoder_width", "steps", "vae_steps", "lr", "vae_lr"):
-        if not getattr(s, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(s, name)}")
-    for name in ("multipliers", "vae_multipliers", "encoder_strides"):
-        if not all(isinstance(value, int) and value >= 1 for value in getattr(s, name)):
-            raise ValueError(f"--{name.replace('_', '-')} must be whole numbers of at least 1, not {getattr(s, name)}")
-    for name in ("warmup", "vae_warmup", "attention_levels", "clip", "checkpoint_minutes", "score_images", "seed"):
-        if not getattr(s, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(s, name)}")
-    if not 0 <= s.ema < 1:
-        raise ValueError(f"--ema must be at least 0 and less than 1, not {s.ema}")
-    if len(s.vae_betas) != 2 or not all(0 <= beta < 1 for beta in s.vae_betas):
-        raise ValueError(f"--vae-betas must be two numbers from 0 to 1, such as 0.9,0.99, not {s.vae_betas}")
+    for field in dataclasses.fields(s):
+        value, (kind, low, high) = getattr(s, field.name), (field.metadata[k] for k in ("kind", "low", "high"))
+        if kind in (int, float) and not all(isinstance(x, (int, kind)) and low <= x <= high
+                                            for x in (value if isinstance(value, tuple) else [value])):
+            raise ValueError(f"--{flag(field.name)} {value}: must be {'whole, ' * (kind is int)}from {low} to {high}")
+    if len(s.betas) != 2 or len(s.vae_betas) != 2:
+        raise ValueError(f"--betas {s.betas}, --vae-betas {s.vae_betas}: give two numbers each, such as 0.9,0.99")
     if s.attention_levels > len(s.multipliers):
         raise ValueError(f"--attention-levels {s.attention_levels}: the U-Net has only {len(s.multipliers)} levels")
     if s.channels % 2:
@@ -257,42 +260,50 @@ def restore(path, device, **parts):
     return saved["step"]
 
 
-def read_log(out, stage):
-    """The lines that this stage of a run has logged: dicts with stage, step, loss and seconds, oldest first."""
+def read_log(out):
+    """What a run has logged: dicts with stage, step, loss and seconds, oldest first."""
     file = Path(out) / "log.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [line for line in (json.loads(text) for text in lines if text.endswith("}")) if line["stage"] == stage]
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
-class Log:
-    """The run's log.jsonl and the progress bar of one stage; writes a checkpoint every few minutes."""
+class Progress:
+    """How far one stage of a run is: its checkpoint, its lines in log.jsonl, its bar. `parts` have a state_dict."""
 
-    def __init__(self, out, stage, first_step, steps, batch_size, minutes):
-        self.path, self.stage, self.batch_size = out / "log.jsonl", stage, batch_size
-        self.minutes, self.saved = minutes, time.monotonic()
-        mine = [line for line in read_log(out, stage) if line["step"] <= first_step]     # the rest is done again
-        before = read_log(out, "vae") if stage == "tokens" else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in before + mine))
-        self.seconds = mine[-1]["seconds"] if mine else 0.0
-        self.started = time.monotonic() - self.seconds
-        self.bar = tqdm(total=steps, initial=first_step, desc=stage, unit="step", mininterval=1.0)
+    def __init__(self, s, out, stage, checkpoint, steps, batch_size, device, **parts):
+        self.s, self.stage, self.checkpoint, self.steps, self.batch_size = s, stage, out / checkpoint, steps, batch_size
+        self.log, self.device, self.parts = out / "log.jsonl", device, parts
+        self.step = restore(self.checkpoint, device, **parts)
+        lines = [line for line in read_log(out) if line["stage"] != stage or line["step"] <= self.step]
+        text = "".join(json.dumps(line) + "\n" for line in lines)   # what came after the checkpoint is done again
+        write_whole(self.log, lambda path: path.write_text(text))
+        self.saved = time.monotonic()
+        self.started = self.saved - max([line["seconds"] for line in lines if line["stage"] == stage], default=0.0)
+        self.bar = tqdm(total=steps, initial=self.step, desc=stage, unit="step", mininterval=1.0,
+                        disable=self.step >= steps)
 
-    def write(self, step, loss, also):
-        """Logs one step's loss; ValueError when training has broken down: loss or `also` is not finite."""
-        if not math.isfinite(loss + also):
-            raise ValueError(f"the {self.stage} loss is not a finite number at step {step}: training stopped, the last "
-                             "checkpoint is kept; start again with a lower learning rate")
-        self.seconds = time.monotonic() - self.started
-        line = {"stage": self.stage, "step": step, "loss": round(loss, 6), "seconds": round(self.seconds, 2)}
-        with open(self.path, "a") as file:
+    def after_step(self, loss, also):
+        """Counts a step; every so often logs its loss (a tensor) and writes a checkpoint.
+
+        ValueError when training has broken down: loss or `also` is not finite.
+        """
+        self.step += 1
+        if self.step % LOG_EVERY and self.step < self.steps:
+            return
+        if not math.isfinite(loss.item() + also.item()):
+            raise ValueError(f"the {self.stage} loss is not a finite number at step {self.step}: training stopped, the "
+                             "last checkpoint is kept; start again with a lower learning rate")
+        seconds = time.monotonic() - self.started
+        line = dict(stage=self.stage, step=self.step, loss=round(loss.item(), 6), seconds=round(seconds, 2))
+        with open(self.log, "a") as file:
             file.write(json.dumps(line) + "\n")
-        rate = step * self.batch_size / self.seconds
+        rate = self.step * self.batch_size / seconds
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def due(self):
-        """Whether it is time for a checkpoint."""
-        return time.monotonic() - self.saved >= 60 * self.minutes
+        self.bar.update(self.step - self.bar.n)
+        if self.step == self.steps or time.monotonic() - self.saved >= 60 * self.s.checkpoint_minutes:
+            save(self.checkpoint, self.s, self.step, self.device, **self.parts)
+            self.saved = time.monotonic()
+        if self.step == self.steps:
+            self.bar.close()
 
 
 # ---- the two stages -------------------------------------------------------------------------------
@@ -300,35 +311,27 @@ class Log:
 LOG_EVERY = 50                                                      # steps between two lines of the log
 
 
-def train_first_stage(s, ds, out, device):
+def train_first_stage(s, ds, rows, out, device):
     """Trains the autoencoder on L1 + KL or codebook (Rombach et al. 2022, section 3.1). Returns it, frozen."""
     torch.manual_seed(s.seed)
-    vae = build_autoencoder(s).to(device)
+    vae = build_autoencoder(s).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, s.vae_betas, fused=device.type in ("cpu", "cuda"))
-    step = restore(out / "vae.pt", device, vae=vae, optimizer=optimizer)
-    if step >= s.vae_steps:
-        return vae.eval().requires_grad_(False)
-    log = Log(out, "vae", step, s.vae_steps, s.vae_batch_size, s.checkpoint_minutes)
-    while step < s.vae_steps:
-        images = ds.images(torch.randint(len(ds), (s.vae_batch_size,))).to(device)      # (B, 3, 64, 64)
-        if step == 0 and s.first_stage == "vq":
-            vae.codebook.start_from(vae.encode(images))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, s.vae_steps, s.vae_lr, s.vae_warmup, s.decay)
-        loss, l1 = vae.loss(images)
+    progress = Progress(s, out, "vae", "vae.pt", s.vae_steps, s.vae_batch_size, device, vae=vae, optimizer=optimizer)
+    sample = lambda n: rows[torch.randint(len(rows), (n,))]                             # (n,)
+    if progress.step == 0 and s.first_stage == "vq":
+        vae.codebook.start_from(vae.encode(ds.images(sample(s.vae_batch_size)).to(device)))
+    while progress.step < s.vae_steps:
+        images = ds.images(sample(s.vae_batch_size)).to(device)                          # (B, 3, 64, 64)
+        optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.vae_steps, s.vae_lr, s.vae_warmup, s.decay)
+        loss, l1 = vae(images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step += 1
-        if step % LOG_EVERY == 0 or step == s.vae_steps:
-            log.write(step, l1.item(), loss.item())                 # the log shows L1 alone
-            # DEVIATION: scaled once trained, by 1,024 images; the authors' scale comes from the first training batch
-            if step == s.vae_steps:
-                vae.eval().set_scale(ds.images(torch.randint(len(ds), (1024,))).to(device))
-            if step == s.vae_steps or log.due():
-                save(out / "vae.pt", s, step, device, vae=vae, optimizer=optimizer)
-                log.saved = time.monotonic()
-    log.bar.close()
-    return vae.requires_grad_(False)
+        # DEVIATION: scaled once trained, by 1,024 images; the authors' scale comes from the first training batch
+        if progress.step == s.vae_steps - 1:
+            vae.eval().set_scale(ds.images(sample(1024)).to(device))
+        progress.after_step(l1, loss)                               # the log shows L1 alone
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -346,50 +349,39 @@ def encode_all(s, ds, vae, device, most=2 ** 31, batch_size=512):
     return latents
 
 
-def train_tokens(s, ds, vae, out, device):
+def train_tokens(s, ds, rows, vae, out, device):
     """Trains token encoder and U-Net on the noise-prediction loss alone (EncDiff, method section)."""
     torch.manual_seed(s.seed + 1)
     diffusion = build_diffusion(s).to(device)
     encoder, unet = (part.to(device, memory_format=torch.channels_last) for part in build_networks(s))
     ema = copy.deepcopy(unet).requires_grad_(False)                 # of the U-Net alone, as in the official code
     parameters = [*encoder.parameters(), *unet.parameters()]
-    optimizer = torch.optim.AdamW(parameters, s.lr, fused=device.type in ("cpu", "cuda"))
-    state = dict(encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
-    step = restore(out / "model.pt", device, **state)
-    if step >= s.steps:
-        return
-    latents = encode_all(s, ds, vae, device)                        # (n, Z, h, w), or None
-    log = Log(out, "tokens", step, s.steps, s.batch_size, s.checkpoint_minutes)
-    while step < s.steps:
+    optimizer = torch.optim.AdamW(parameters, s.lr, s.betas, fused=device.type in ("cpu", "cuda"))
+    progress = Progress(s, out, "tokens", "model.pt", s.steps, s.batch_size, device,
+                        encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
+    latents = encode_all(s, ds, vae, device) if progress.step < s.steps else None       # (n, Z, h, w), or None
+    while progress.step < s.steps:
         # data
-        index = torch.randint(len(ds), (s.batch_size,))                                 # (B,)
+        index = rows[torch.randint(len(rows), (s.batch_size,))]                         # (B,)
         images = ds.images(index).to(device)                                            # (B, 3, 64, 64)
         x_0 = vae.encode(images) if latents is None else latents[index].float()         # (B, Z, h, w)
         # tokens
         tokens = encoder(images)                                                        # (B, N, D)
         # noise
-        # DEVIATION: one t from each of B equal parts of 0..T-1, not B independent ones: less noise in the gradient
-        B, T = len(x_0), diffusion.steps
-        t = (torch.arange(B, device=device) * T + torch.randint(T, (B,), device=device)) // B           # (B,)
+        t = diffusion.draw_t(s.batch_size)                                              # (B,)
         eps = torch.randn_like(x_0)                                                     # (B, Z, h, w)
         # loss
         loss = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss)
         # step
-        optimizer.param_groups[0]["lr"] = learning_rate(step, s.steps, s.lr, s.warmup, s.decay)
+        optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.steps, s.lr, s.warmup, s.decay)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
         optimizer.step()
-        step += 1
         # average
-        update_ema(ema, unet, ema_decay(step, s.ema))
-        # log
-        if step % LOG_EVERY == 0 or step == s.steps:
-            log.write(step, loss.item(), norm.item())
-            if step == s.steps or log.due():
-                save(out / "model.pt", s, step, device, **state)
-                log.saved = time.monotonic()
-    log.bar.close()
+        update_ema(ema, unet, ema_decay(progress.step + 1, s.ema))
+        # log, checkpoint
+        progress.after_step(loss, norm)
 
 
 # ---- the run --------------------------------------------------------------------------------------
@@ -406,10 +398,9 @@ def read_settings(out):
         raise ValueError(f"{file} cannot be read as this version's settings ({error})") from None
 
 
-def write_settings(s, out):
-    """Makes the run folder and writes settings.json into it."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(s), indent=1) + "\n"))
+def write_json(path, contents):
+    """Writes a JSON file, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(contents, indent=1) + "\n"))
 
 
 def load_run(out, device):
@@ -436,7 +427,7 @@ def settle(s, resume, given):
         changed = [name for name in given if name not in MAY_CHANGE and getattr(s, name) != getattr(old, name)]
         if changed:
             raise ValueError("--resume with other settings than the run was started with: " + ", ".join(
-                f"--{name.replace('_', '-')} was {getattr(old, name)}, not {getattr(s, name)}" for name in changed))
+                f"--{flag(name)} was {getattr(old, name)}, not {getattr(s, name)}" for name in changed))
         return dataclasses.replace(old, out=str(out), **{k: given[k] for k in MAY_CHANGE if k in given and k != "out"})
     if (out / "settings.json").exists():
         raise ValueError(f"{out} already holds a run: choose another folder with --out, continue it with --resume, "
@@ -445,14 +436,11 @@ def settle(s, resume, given):
         raise ValueError(f"{out} exists and holds no run of this program: name another folder with --out")
     if s.vae:
         other = read_settings(s.vae)
-        if (Path(other.data).resolve(), other.first_stage) != (Path(s.data).resolve(), s.first_stage):
-            raise ValueError(f"--vae {s.vae}: its first stage is {other.first_stage} on "
-                             f"{other.data or 'the built-in world'}, this run wants {s.first_stage} on "
-                             f"{s.data or 'the built-in world'}")
-        differ = [name for name in FIRST_STAGE if name in given and getattr(s, name) != getattr(other, name)]
-        if differ:
-            raise ValueError(f"--vae {s.vae} was trained with another --{differ[0].replace('_', '-')}, "
-                             f"{getattr(other, differ[0])}: leave this flag out, or train a first stage of its own")
+        for name in ("data", *FIRST_STAGE):
+            theirs, ours = getattr(other, name), getattr(s, name)
+            if theirs != ours and (name in given or name in ("data", "first_stage")):
+                raise ValueError(f"--vae {s.vae} was trained with --{flag(name)} {theirs or '(built-in world)'}, not "
+                                 f"{ours or '(built-in world)'}: leave this flag out, or train a first stage for it")
         if load(Path(s.vae) / "vae.pt", "step")["step"] < other.vae_steps:
             raise ValueError(f"--vae {s.vae}: its first stage is not finished; continue that run with --resume")
         s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})
@@ -474,15 +462,16 @@ def main(argv=None):
     parts = [build_autoencoder(s), *build_networks(s)]              # fails before anything is written
     ds, out = open_dataset(s.data or None), Path(s.out)
     borrowed = load(Path(s.vae) / "vae.pt") if s.vae and not (out / "vae.pt").exists() else None
-    write_settings(s, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", dataclasses.asdict(s))
     if borrowed:
         write_whole(out / "vae.pt", lambda temporary: torch.save(borrowed, temporary))
     print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
     for name, part in zip(("autoencoder", "token encoder", "U-Net"), parts):
         print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
-    vae = train_first_stage(s, ds, out, device)
-    print("latent: {}x{}x{}, scaled by {:.4f}".format(*latent_shape(s), vae.scale.item()))
-    train_tokens(s, ds, vae, out, device)
+    rows = torch.arange(len(ds))
+    vae = train_first_stage(s, ds, rows, out, device)
+    train_tokens(s, ds, rows, vae, out, device)
     score_run(out, device)
     return out
 

@@ -143,8 +143,8 @@ class Autoencoder(nn.Module):
 
     # ---- training ----------------------------------------------------------------------------------
 
-    def loss(self, images):
-        """L1 reconstruction plus the latent's own term. images: (B, 3, H, W) in [-1, 1].
+    def forward(self, images):
+        """The loss: L1 reconstruction plus the latent's own term. images: (B, 3, H, W) in [-1, 1].
 
         Returns the loss (scalar, to minimise) and the L1 reconstruction error alone (scalar).
         """

@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch, world):
             torch.nn.init.normal_(p, std=0.2)
     with torch.no_grad():
         encoder.head.to_scalars.weight.mul_(20)
-    train.write_settings(dataclasses.replace(s, out=str(tmp_path)), tmp_path)
+    train.write_json(tmp_path / "settings.json", dataclasses.asdict(s) | {"out": str(tmp_path)})
     train.save(tmp_path / "vae.pt", s, 1, torch.device("cpu"), vae=vae)
     train.save(tmp_path / "model.pt", s, 7, torch.device("cpu"), encoder=encoder, unet=unet, ema=unet)
     monkeypatch.setattr(evaluate, "open_dataset", lambda path: world)
