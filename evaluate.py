@@ -48,10 +48,19 @@ def checked(z, y, points=1):
     return z.astype(np.float32), np.stack([inverse for _, inverse in classes], axis=1)
 
 
-def entropy(p, base):
+def entropy(p, base=math.e):
     """Entropy of the rows of p (rows, columns), each first divided by its sum, in this base. (rows,)"""
     p = p / p.sum(1, keepdims=True)
     return -(p * np.log(np.maximum(p, 1e-300))).sum(1) / max(np.log(base), 1e-300)      # 0 log 0 = 0
+
+
+def purity(R):
+    """How far each row of importances R (rows, columns) is one column's alone: the mean of 1 - entropy, [0, 1].
+
+    Rows weigh as much as their share of all importance (Eastwood and Williams 2018, section 2).
+    """
+    share = R.sum(1) / R.sum() if R.any() else np.full(len(R), 1 / len(R))              # (rows,)
+    return float((share * (1 - entropy(R + 1e-11, R.shape[1]))).sum())
 
 
 # ---- DCI: gradient-boosted trees ------------------------------------------------------------------
@@ -146,8 +155,9 @@ def dci(z_train, y_train, z_test, y_test, V=256):
 
     z_train, z_test: codes (n, N) float; y_train, y_test: factors (n, K) int. Returns a dict with
     disentanglement and completeness in [0, 1], informativeness_train and informativeness_test (mean
-    accuracy, [0, 1]) and importance (N, K), whose columns sum to 1. Deterministic. Two codes that are
-    copies share nothing: the first takes all the importance (scikit-learn draws lots). Raises ValueError.
+    accuracy, [0, 1]), accuracy (K numbers, of the test points) and importance (N, K), whose columns sum to 1.
+    Deterministic. Two codes that are copies share nothing: the first takes all the importance (scikit-learn
+    draws lots). Raises ValueError.
     """
     n = len(z_train)
     z, y = checked(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
@@ -158,13 +168,9 @@ def dci(z_train, y_train, z_test, y_test, V=256):
         importance.append(gain / gain.sum() if gain.any() else gain)
         right.append(guess == column)
     R, right = np.stack(importance, axis=1), torch.stack(right).double()                # (N, K), (K, n + n_test)
-    N, K = R.shape
-    share = R.sum(1) / R.sum() if R.any() else np.full(N, 1 / N)                        # (N,) of each code
-    disentanglement = (share * (1 - entropy(R + 1e-11, K))).sum()
-    share = R.sum(0) / R.sum() if R.any() else np.full(K, 1 / K)                        # (K,) of each factor
-    completeness = (share * (1 - entropy(R.T + 1e-11, N))).sum()
-    return dict(disentanglement=float(disentanglement), completeness=float(completeness), importance=R,
-                informativeness_train=right[:, :n].mean().item(), informativeness_test=right[:, n:].mean().item())
+    return dict(disentanglement=purity(R), completeness=purity(R.T), importance=R,
+                accuracy=right[:, n:].mean(1).tolist(), informativeness_train=right[:, :n].mean().item(),
+                informativeness_test=right[:, n:].mean().item())
 
 
 # ---- the other scores -----------------------------------------------------------------------------
@@ -215,19 +221,19 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
         x[mine] = np.abs(z[first] - z[sharing(column, column[first], rng)]).mean(1)     # (points of k, N)
     x = (x - x[:points[0]].mean(0)) / (x[:points[0]].std(0) + 1e-12)                    # so that the penalty is fair
     x, target = torch.from_numpy(x), torch.from_numpy(factor)
-    linear = torch.nn.Linear(x.shape[1], y.shape[1])
-    torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    x = F.pad(x, (0, 1), value=1.0)                                                     # (points, N + 1), for the bias
+    weight = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)                    # (N + 1, K)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        penalty = linear.weight.square().sum() / (2 * points[0])                        # as scikit-learn's C = 1
-        loss = F.cross_entropy(linear(x[:points[0]]), target[:points[0]]) + penalty
+        penalty = weight[:-1].square().sum() / (2 * points[0])                          # as scikit-learn's C = 1
+        loss = F.cross_entropy(x[:points[0]] @ weight, target[:points[0]]) + penalty
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return (linear(x[points[0]:]).argmax(1) == target[points[0]:]).float().mean().item()
+    return ((x[points[0]:] @ weight).argmax(1) == target[points[0]:]).float().mean().item()
 
 
 def mig(z, y, seed=0, points=10000, n_bins=20):
@@ -245,8 +251,8 @@ def mig(z, y, seed=0, points=10000, n_bins=20):
         C = column.max() + 1
         cell = (np.arange(N) * n_bins + v) * C + column[:, None]                        # (n, N)
         joint = np.bincount(cell.ravel(), minlength=N * n_bins * C).reshape(N, n_bins, C) / n
-        H_y = entropy(joint.sum(1), np.e)                                               # (N,), all equal
-        information = entropy(joint.sum(2), np.e) + H_y - entropy(joint.reshape(N, -1), np.e)
+        H_y = entropy(joint.sum(1))                                               # (N,), all equal
+        information = entropy(joint.sum(2)) + H_y - entropy(joint.reshape(N, -1))
         second, first = np.sort(np.append(information, 0))[-2:]     # with one code, the second knows nothing
         gaps.append((first - second) / H_y[0])
     return float(np.mean(gaps))
@@ -294,13 +300,13 @@ class Run:
         """index: (B,) ints. Returns (B, 3, 64, 64) in [-1, 1]."""
         return self.ds.images(index).to(self.device)
 
-    def noise(self, shape):
-        """Standard normal numbers, always the same, on every device."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-
     def rows(self, n, seed=0):
         """Numbers of n different images, in the order drawn: (n,) int64."""
         return np.random.default_rng(seed).choice(len(self.ds), n, replace=False)
+
+    def noise(self, shape):
+        """Standard normal numbers, always the same, on every device."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def codes(self, batch_size=512):
         """One number for each token and image: z (n, N) float32, and the factors y (n, K) of these images.
@@ -338,6 +344,11 @@ class Run:
 
 # ---- drawing --------------------------------------------------------------------------------------
 
+FONT, GAP = ImageFont.load_default(13), 2
+COLOURS = {"linear": "#1f77b4", "sqrt_linear": "#ff7f0e", "sqrt": "#2ca02c", "cosine": "#d62728"}
+T_TICKS = [(str(t), t / 1000) for t in range(0, 1001, 200)]
+
+
 class Canvas:
     """A white sheet and the few things that figures need. box: (x, y, width, height) in pixels."""
     def __init__(self, width, height):
@@ -362,11 +373,6 @@ class Canvas:
         self.text(x + w / 2, y + h + 30, x_label), self.text(x + w / 2, y - 12, title)
 
 
-FONT, GAP = ImageFont.load_default(13), 2
-COLOURS = {"linear": "#1f77b4", "sqrt_linear": "#ff7f0e", "sqrt": "#2ca02c", "cosine": "#d62728"}
-T_TICKS = [(str(t), t / 1000) for t in range(0, 1001, 200)]
-
-
 def grid(rows, labels, notes=()):
     """A sheet of `rows` of pictures, each (columns, 3, H, W) in [-1, 1], with its label left of it; an Image.
 
@@ -378,9 +384,9 @@ def grid(rows, labels, notes=()):
     sheet = Canvas(width, len(rows) * H + 18 * len(notes))
     for i, (row, label) in enumerate(zip(rows, labels)):
         sheet.text(width - len(row) * W - 8, i * H + H // 2, label, "rm")
-        pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-        for j, picture in enumerate(pixels):
-            sheet.image.paste(Image.fromarray(picture), (width - (len(row) - j) * W, i * H))
+        row = F.pad(row.clamp(-1, 1), (0, GAP, 0, GAP), value=1).permute(2, 0, 3, 1).flatten(1, 2)     # (H, columns W, 3)
+        pixels = ((row + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        sheet.image.paste(Image.fromarray(pixels), (width - pixels.shape[1], i * H))
     for i, note in enumerate(notes):
         sheet.text(width - 8, len(rows) * H + 18 * i + 9, note, "rm")
     return sheet.image
@@ -438,9 +444,9 @@ def traversal(run, columns=9):
     for row, n in enumerate(used):
         edits[row, :, n] = z[:, row].to(edits)
     pictures = run.decode(run.encoder.tokens_of(edits.flatten(0, 1)), "traversal").unflatten(0, (-1, columns))
-    labels = [names[n] for n in used]
-    grid(pictures, labels).save(run.folder / "traversal.png")
-    frames = [grid(pictures[:, [j]], labels) for j in [*range(columns), *range(columns - 2, 0, -1)]]
+    sheet = lambda columns: grid(pictures[:, columns], [names[n] for n in used])
+    sheet(range(columns)).save(run.folder / "traversal.png")
+    frames = [sheet([j]) for j in [*range(columns), *range(columns - 2, 0, -1)]]
     frames[0].save(run.folder / "traversal.gif", save_all=True, append_images=frames[1:], duration=150, loop=0)
 
 
@@ -453,8 +459,8 @@ def attention(run, count=3):
     for lowest in (667, 333, 0):
         maps, t = [], torch.arange(lowest, lowest + 333, 37, device=run.device).repeat(count)
         run.unet(run.diffusion.q_sample(x_0, t, run.noise(x_0.shape)), t, tokens, maps)
-        maps = [m.unflatten(0, (count, 9)).mean((1, 2)).transpose(1, 2) for m in maps]  # (count, N, L) each
-        maps = [m.unflatten(2, (math.isqrt(m.shape[2]), -1)) for m in maps]             # (count, N, H, W) each
+        maps = [m.unflatten(0, (count, 9)).mean((1, 2)).unflatten(1, (math.isqrt(m.shape[2]), -1)).movedim(3, 1)
+                for m in maps]                                                          # (count, N, H, W) each
         shares.append(torch.stack([F.interpolate(m, images.shape[-2:], mode="bilinear") for m in maps]).mean(0))
     shares = torch.cat(shares).transpose(0, 1)[:, :, None]                              # (N, 3 count, 1, 64, 64)
     used, _, names = token_names(run)
@@ -513,15 +519,8 @@ def when(run):
 
 
 FIGURES = {f.__name__: f for f in (reconstruction, swap, traversal, attention, bottleneck, when)}
-
-
-def why_not(s, name):
-    """Why a run with Settings s has no figure of this name; empty: it has one."""
-    if name == "traversal" and s.encoder != "scalar":
-        return f"its {s.encoder} tokens have no scalars to move"
-    if name in ("attention", "bottleneck", "when") and s.objective != "diffusion":
-        return "it was trained without noise levels"
-    return "its tokens enter without attention" if name == "attention" and s.conditioning != "cross-attention" else ""
+NEEDS = {"traversal": dict(encoder="scalar"), "attention": dict(conditioning="cross-attention", objective="diffusion"),
+         "bottleneck": dict(objective="diffusion"), "when": dict(objective="diffusion")}
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -537,17 +536,13 @@ def table(results):
     differ, lines = [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)], {}
     for r, s in zip(results, settings):
         lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append({**r, **r["scores"]})
-    columns = [c for c in COLUMNS if all(c in r for rows in lines.values() for r in rows)]
-    width = max(map(len, lines))
+    columns, width = [c for c in COLUMNS if c in {**results[0], **results[0]["scores"]}], max(map(len, lines))
     print(f"{'':{width}}  runs", *(f"{COLUMNS[c]:>16}" for c in columns))
     for key, rows in lines.items():
-        cells = [f"{key:{width}}  {len(rows):4}"]
-        for column in columns:
-            values = np.array([row[column] for row in rows])                            # (seeds,)
-            text = f"{values.mean():.{0 if column in ('parameters', 'step') else 3}f}"
-            spread = f" +- {values.std(ddof=1):.3f}" if len(set(values)) > 1 else ""
-            cells.append(f"{text + spread:>16}")
-        print(*cells)
+        values = np.array([[row[c] for c in columns] for row in rows], dtype=float)     # (seeds, columns)
+        texts = [f"{m:.0f}" if m > 999 else f"{m:.3f}" for m in values.mean(0)]
+        spread = [f" +- {v:.3f}" if v else "" for v in values.std(0, ddof=len(values) > 1)]
+        print(f"{key:{width}}  {len(rows):4}", *(f"{a + b:>16}" for a, b in zip(texts, spread)))
 
 
 def score_run(run, metrics):
@@ -562,11 +557,11 @@ def score_run(run, metrics):
     scores.update(reconstruction(run)), swap(run)
     protocol["psnr"] = dict(images=PSNR_IMAGES, ddim_steps=DDIM_STEPS, eta=ETA)
     seconds["all"] = round(time.monotonic() - started, 2)           # also the codes and the two pictures
+    measured = dict(scores=scores, seconds=seconds, protocol=protocol)
     result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), factors=run.ds.factor_names,
-                  scores={**old.get("scores", {}), **scores}, seconds={**old.get("seconds", {}), **seconds},
-                  protocol={**old.get("protocol", {}), **protocol}, settings=dataclasses.asdict(run.settings),
+                  **{key: {**old.get(key, {}), **new} for key, new in measured.items()},
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
-                  minutes=round(run.seconds / 60, 2),
+                  minutes=round(run.seconds / 60, 2), settings=dataclasses.asdict(run.settings),
                   importance=None if run.importance is None else run.importance.round(4).tolist())
     train.write_json(file, result)
     return result
@@ -604,10 +599,11 @@ def main(argv=None):
         codes = run.codes()                                         # too few for DCI: rows are named by number
         run.importance = dci_scores(*codes, run.settings.seed)["importance"] if len(codes[0]) >= 15000 else None
         for name in tqdm(args.figures or FIGURES, desc="figures"):
-            if not (reason := why_not(run.settings, name)):
+            lacks = [f"--{k} {v}" for k, v in NEEDS.get(name, {}).items() if getattr(run.settings, k) != v]
+            if not lacks:
                 FIGURES[name](run)
             elif args.figures:
-                raise ValueError(f"{run.folder} has no figure {name}: {reason}")
+                raise ValueError(f"{run.folder} has no figure {name}: that is of runs with {' '.join(lacks)}")
     if results:
         table(results)
     return results
