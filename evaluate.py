@@ -30,6 +30,7 @@ import train
 from data import open_dataset
 from diffusion import SCHEDULES, Diffusion
 from encoder import number_coder
+from model import attention_pictures, rise_of_loss
 
 
 def checked(z, y, points=1):
@@ -251,7 +252,7 @@ def mig(z, y, seed=0, points=10000, n_bins=20):
         C = column.max() + 1
         cell = (np.arange(N) * n_bins + v) * C + column[:, None]                        # (n, N)
         joint = np.bincount(cell.ravel(), minlength=N * n_bins * C).reshape(N, n_bins, C) / n
-        H_y = entropy(joint.sum(1))                                               # (N,), all equal
+        H_y = entropy(joint.sum(1))                                                     # (N,), all equal
         information = entropy(joint.sum(2)) + H_y - entropy(joint.reshape(N, -1))
         second, first = np.sort(np.append(information, 0))[-2:]     # with one code, the second knows nothing
         gaps.append((first - second) / H_y[0])
@@ -384,8 +385,8 @@ def grid(rows, labels, notes=()):
     sheet = Canvas(width, len(rows) * H + 18 * len(notes))
     for i, (row, label) in enumerate(zip(rows, labels)):
         sheet.text(width - len(row) * W - 8, i * H + H // 2, label, "rm")
-        row = F.pad(row.clamp(-1, 1), (0, GAP, 0, GAP), value=1).permute(2, 0, 3, 1).flatten(1, 2)     # (H, columns W, 3)
-        pixels = ((row + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+        row = F.pad(row.clamp(-1, 1), (0, GAP, 0, GAP), value=1).permute(2, 0, 3, 1)    # (H, columns, W, 3)
+        pixels = ((row.flatten(1, 2) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
         sheet.image.paste(Image.fromarray(pixels), (width - pixels.shape[1], i * H))
     for i, note in enumerate(notes):
         sheet.text(width - 8, len(rows) * H + 18 * i + 9, note, "rm")
@@ -451,17 +452,14 @@ def traversal(run, columns=9):
 
 
 def attention(run, count=3):
-    """Each used token's cross-attention map over pictures, mean over heads and layers, for three ranges of t."""
+    """Each used token's cross-attention map over pictures, mean over heads and blocks, for three ranges of t."""
     images = run.images(run.rows(count, seed=4))                                        # (count, 3, 64, 64)
     again = lambda x: x.repeat_interleave(9, 0)                     # nine t for every picture
-    x_0, tokens = again(run.vae.encode(images)), again(run.encoder(images))
-    shares = []                                                     # one (count, N, 64, 64) for each range of t
+    x_0, tokens, shares = again(run.vae.encode(images)), again(run.encoder(images)), []
     for lowest in (667, 333, 0):
         maps, t = [], torch.arange(lowest, lowest + 333, 37, device=run.device).repeat(count)
         run.unet(run.diffusion.q_sample(x_0, t, run.noise(x_0.shape)), t, tokens, maps)
-        maps = [m.unflatten(0, (count, 9)).mean((1, 2)).unflatten(1, (math.isqrt(m.shape[2]), -1)).movedim(3, 1)
-                for m in maps]                                                          # (count, N, H, W) each
-        shares.append(torch.stack([F.interpolate(m, images.shape[-2:], mode="bilinear") for m in maps]).mean(0))
+        shares.append(attention_pictures(maps, images.shape[-1]).unflatten(0, (count, 9)).mean(1))
     shares = torch.cat(shares).transpose(0, 1)[:, :, None]                              # (N, 3 count, 1, 64, 64)
     used, _, names = token_names(run)
     red = torch.tensor([1.0, -0.6, -1.0], device=run.device)[:, None, None]             # (3, 1, 1)
@@ -488,24 +486,12 @@ def bottleneck(run):
     np.savetxt(run.folder / "bottleneck.csv", np.stack(columns, 1), "%.6g", ",", header=",".join(head), comments="")
 
 
-def rise_of_loss(run, levels, count=64):
-    """How much worse the noise prediction gets, (N, levels), when one token is another picture's: L1 at each t."""
-    images = run.images(run.rows(count, seed=5))                                        # (B, 3, 64, 64)
-    x_0, tokens, losses = run.vae.encode(images), run.encoder(images), []
-    eps, N = run.noise(x_0.shape), tokens.shape[1]
-    for level in tqdm(levels, desc="when", leave=False):
-        t = torch.full((count,), level, device=run.device)                              # (B,)
-        for n in range(N + 1):                                      # the last time, nothing is exchanged
-            edited = tokens.clone()
-            edited[:, n:n + 1] = tokens.roll(1, 0)[:, n:n + 1]
-            losses.append(run.diffusion.loss(lambda x, t: run.unet(x, t, edited), x_0, t, eps).item())
-    losses = np.array(losses).reshape(-1, N + 1).T                                      # (N + 1, levels)
-    return losses[:N] - losses[N]
-
-
 def when(run):
     """Which token matters when: a heat map tokens x t of rise_of_loss, below the bottleneck curve."""
-    rise, kl = rise_of_loss(run, range(25, 1000, 50)), run.diffusion.kl_to_noise().cpu().numpy()
+    images = run.images(run.rows(64, seed=5))                                           # (B, 3, 64, 64)
+    x_0, tokens, kl = run.vae.encode(images), run.encoder(images), run.diffusion.kl_to_noise().cpu().numpy()
+    rise = np.stack([rise_of_loss(run.unet, run.diffusion, x_0, tokens, run.noise(x_0.shape), t).cpu().numpy()
+                     for t in tqdm(range(25, 1000, 50), desc="when", leave=False)], 1)  # (N, levels)
     used, idle, names = token_names(run)
     order, top, colour = used + idle, rise.max(), COLOURS[run.settings.schedule]
     sheet, height = Canvas(700, 240 + 18 * len(names)), 18 * len(names)
@@ -567,15 +553,6 @@ def score_run(run, metrics):
     return result
 
 
-def read_codes(path):
-    """z and y of an .npz file, or OSError or ValueError with one sentence."""
-    try:
-        with np.load(path) as file:
-            return file["z"], file["y"]
-    except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{path} is not an .npz file with arrays z (n, N) and y (n, K)") from None
-
-
 def main(argv=None):
     """Scores runs or codes and prints a table, or draws figures. ValueError or OSError with one clear sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -590,7 +567,12 @@ def main(argv=None):
         raise ValueError("name run folders, or codes with --codes FILE (no pictures, no --data), and not both")
     results = []
     if args.codes:
-        scores, protocol, seconds = score_codes(*read_codes(args.codes), args.metrics)
+        try:
+            with np.load(args.codes) as file:
+                z, y = file["z"], file["y"]
+        except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
+            raise ValueError(f"{args.codes} is not an .npz file with arrays z (n, N) and y (n, K)") from None
+        scores, protocol, seconds = score_codes(z, y, args.metrics)
         results = [dict(data=args.codes, settings={}, scores=scores, protocol=protocol, seconds=seconds)]
     for run in (Run(folder, args.data, args.device) for folder in args.runs):
         if args.figures is None:

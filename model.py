@@ -6,8 +6,10 @@ attention to the tokens, gated feed-forward) at the finer levels. The tokens ent
 attention alone; for the paper's ablation without it, through the time embedding alone ("adagn").
 With the defaults, the paper's Shapes3D setting, it has 37.47 M parameters.
 
-Read from top to bottom: time embedding, attention, transformer block, residual block, U-Net.
-Exports: UNet, CONDITIONINGS. Left out of the original: class labels, dropout, gradient checkpointing.
+Read from top to bottom: time embedding, attention, transformer block, residual block, U-Net, two ways to look
+into a trained one.
+Exports: UNet, CONDITIONINGS, attention_pictures, rise_of_loss. Left out of the original: class labels, dropout,
+gradient checkpointing.
 
 Letters:  B batch, C channels, H, W height and width, L = H * W places, N concept tokens, D token
 dimension, h heads, d channels of a head, E width of the time embedding.
@@ -251,3 +253,32 @@ class UNet(nn.Module):
                 y = torch.cat([y, skips.pop()], dim=1)                                  # (B, C + C_skip, H', W')
             y = block(y, embedding, tokens, maps)                                       # (B, C_level, H', W')
         return self.conv_out(F.silu(self.norm_out(y)))                                  # (B, C, H, W)
+
+
+# ---- looking into a trained U-Net -------------------------------------------------------------------
+
+def attention_pictures(maps, side):
+    """One map for each token: the mean over heads and blocks of UNet.forward's maps, all enlarged to one size.
+
+    maps: a list of (B, h, L, N), each of a square feature map. Returns (B, N, side, side), summing to 1 over N.
+    """
+    pictures = []
+    for m in maps:
+        m = m.mean(1).transpose(1, 2).unflatten(2, (math.isqrt(m.shape[2]), -1))        # (B, N, H, W)
+        pictures.append(F.interpolate(m, (side, side), mode="bilinear"))                # (B, N, side, side)
+    return torch.stack(pictures).mean(0)                                                # (B, N, side, side)
+
+
+@torch.no_grad()
+def rise_of_loss(unet, diffusion, x_0, tokens, eps, t):
+    """How much worse the noise prediction gets when one token is another picture's: what is read of it at level t.
+
+    x_0, eps: (B, C, H, W); tokens: (B, N, D), of the same pictures; t: a level, 0..T-1; diffusion: a
+    diffusion.Diffusion. Returns for each token the rise of the L1 loss, (N,), when it comes from the next picture.
+    """
+    levels, losses = torch.full((len(x_0),), t, device=x_0.device), []                  # (B,)
+    for n in range(tokens.shape[1] + 1):                            # the last time, nothing is exchanged
+        edited = tokens.clone()
+        edited[:, n:n + 1] = tokens.roll(1, 0)[:, n:n + 1]
+        losses.append(diffusion.loss(lambda x_t, t: unet(x_t, t, edited), x_0, levels, eps))
+    return torch.stack(losses[:-1]) - losses[-1]                                        # (N,)

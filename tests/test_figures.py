@@ -11,6 +11,7 @@ from PIL import Image
 import evaluate
 import train
 from diffusion import SCHEDULES
+from model import rise_of_loss
 
 N = 5
 
@@ -156,23 +157,28 @@ def test_bottleneck_is_the_closed_form_and_the_papers_figure(run):
 
 
 def test_when_a_token_that_is_not_read_has_a_row_of_zeros(run):
-    unet = run.unet
-
-    def deaf(x, t, tokens, maps=None):
+    def deaf(x, t, tokens):
         tokens = tokens.clone()
         tokens[:, 3] = 0
-        return unet(x, t, tokens, maps)
+        return run.unet(x, t, tokens)
 
-    run.unet = deaf
-    rise = evaluate.rise_of_loss(run, range(25, 1000, 300), count=6)
-    assert rise.shape == (N, 4) and not rise[3].any()
-    assert all(rise[n].any() for n in range(N) if n != 3)
+    images = run.images(run.rows(6))
+    x_0, tokens = run.vae.encode(images), run.encoder(images)
+    for t in (25, 325, 925):
+        rise = rise_of_loss(deaf, run.diffusion, x_0, tokens, run.noise(x_0.shape), t)
+        assert rise.shape == (N,) and not rise[3] and all(rise[n] for n in range(N) if n != 3)
+    level = torch.full((6,), 925)
+    losses = []
+    for changed in (tokens, torch.cat([tokens[:, :2], tokens[[5, 0, 1, 2, 3, 4], 2:3], tokens[:, 3:]], 1)):
+        losses.append(run.diffusion.loss(lambda x, t: deaf(x, t, changed), x_0, level, run.noise(x_0.shape)))
+    assert abs(losses[1] - losses[0] - rise[2]) < 1e-6
 
 
 def test_when_draws_what_it_measured(run, monkeypatch):
     rise = np.zeros((N, 20))
     rise[1, 5] = 0.25                                               # token 1 is the first of the order
-    monkeypatch.setattr(evaluate, "rise_of_loss", lambda run, levels: rise)
+    monkeypatch.setattr(evaluate, "rise_of_loss", lambda unet, diffusion, x_0, tokens, eps, t:
+                        torch.from_numpy(rise[:, (t - 25) // 50]))
     evaluate.when(run)
     picture = np.asarray(Image.open(run.folder / "when.png"))
     dark = (picture == [20, 70, 140]).all(-1)
