@@ -17,7 +17,6 @@ import inspect
 import json
 import math
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import train
-from data import open_dataset
+from data import hold_out, open_dataset, reading, whole
 from diffusion import SCHEDULES, Diffusion
 from encoder import number_coder
 from model import attention_pictures, rise_of_loss
@@ -56,79 +55,63 @@ def entropy(p, base=math.e):
 
 
 def purity(R):
-    """How far each row of importances R (rows, columns) is one column's alone: the mean of 1 - entropy, [0, 1].
-
-    Rows weigh as much as their share of all importance (Eastwood and Williams 2018, section 2).
-    """
+    """How far rows of importances R (rows, columns) are one column's each: mean of 1 - entropy by weight, [0, 1]."""
     share = R.sum(1) / R.sum() if R.any() else np.full(len(R), 1 / len(R))              # (rows,)
     return float((share * (1 - entropy(R + 1e-11, R.shape[1]))).sum())
 
 
 # ---- DCI: gradient-boosted trees ------------------------------------------------------------------
 
-class Bins:
-    """Codes cut into at most V bins each, so that a tree only has to look at V - 1 thresholds.
+def bin_codes(z, n, V):
+    """Cuts codes z into at most V bins each, made for the first n points. Returns index, the bin of each, like z,
+    and bags: V, and for an embedding bag the points in all bins of all codes and where each bin starts.
 
-    A code with few values keeps each in a bin of its own. A histogram over all bins of all codes is a sum of
-    the rows of a table that are in each bin: an embedding bag, in PyTorch's words.
-    DEVIATION: at most V - 1 thresholds a code (scikit-learn, which the authors call, tries all).
+    DEVIATION: a tree tries at most V - 1 thresholds a code; scikit-learn's, which the authors use, try all.
     """
-
-    def __init__(self, z, V):
-        self.V, self.edges = V, []
-        for code in torch.as_tensor(z).t():
-            values, count = code.unique(return_counts=True)                             # ascending
-            edges = (values[:-1] + values[1:]) / 2                  # midway, as scikit-learn's trees
-            if len(values) > V:             # half of the edges in the widest gaps, half after equally many points
-                widest = values.diff().topk(V // 2).indices
-                even = torch.searchsorted(count.cumsum(0), torch.arange(1, V // 2) * len(code) // (V // 2))
-                edges = edges[torch.cat([widest, even.clamp(max=len(edges) - 1)]).unique()]
-            self.edges.append(edges)
-        self.index = self.of(z)                                                         # (n, N), 0..V-1
-        bag = self.index + V * torch.arange(self.index.shape[1])                        # (n, N), 0..N*V-1
-        self.rows = bag.t().flatten().argsort(stable=True) % len(z)                     # (N*n,) bag by bag
-        count = torch.bincount(bag.flatten(), minlength=V * bag.shape[1])               # (N*V,)
-        self.offsets = count.cumsum(0) - count                                          # (N*V,) where a bag starts
-
-    def of(self, z):
-        """Bin of every code: z (n, N) -> (n, N) int64, 0..V-1; bin v holds edge v-1 < z <= edge v."""
-        return torch.stack([torch.bucketize(code.contiguous(), edges)
-                            for code, edges in zip(torch.as_tensor(z).t(), self.edges)], dim=1)
+    index = []
+    for code in torch.as_tensor(z).t():
+        values, count = code[:n].unique(return_counts=True)                             # ascending
+        edges = (values[:-1] + values[1:]) / 2                      # midway, as scikit-learn's trees
+        if len(values) > V:                 # half of the edges in the widest gaps, half after equally many points
+            widest = values.diff().topk(V // 2).indices
+            even = torch.searchsorted(count.cumsum(0), torch.arange(1, V // 2) * n // (V // 2))
+            edges = edges[torch.cat([widest, even.clamp(max=len(edges) - 1)]).unique()]
+        index.append(torch.bucketize(code.contiguous(), edges))     # bin v holds edge v-1 < z <= edge v
+    index = torch.stack(index, dim=1)                                                   # (n + n_test, N), 0..V-1
+    bag = (index[:n] + V * torch.arange(index.shape[1])).t().flatten()                  # (N*n,), 0..N*V-1
+    count = torch.bincount(bag, minlength=V * index.shape[1])                           # (N*V,)
+    return index, (V, bag.argsort(stable=True) % n, count.cumsum(0) - count)            # (N*n,), (N*V,)
 
 
-def best_splits(bins, residual, node, parents):
-    """The best split of every node of one level of C trees: the largest decrease of squared error (Friedman 2001).
+def best_splits(bags, residual, node, M, lots):
+    """The best split of each of the M nodes of one level of C trees: the largest decrease of squared error.
 
-    residual, node: (n, C), the targets of the C trees (1 for two classes) and the node 0..M-1 of each point.
-    parents: the third value returned for the level above (None at the top); less its left children's sums, these
-    are its right children's. Returns the decrease (M, C) (0: nothing to split), a pair of (M, C), the code and the
-    bin up to which points go left, and the sums (N, V, 2, M, C) of residuals and points in all bins up to each.
+    residual, node: (n, C), the targets of the trees and the node 0..M-1 of each point. Returns (M, C) each: the
+    decrease (0: nothing to split), the code, the bin up to which points go left. Codes that do equally well draw lots.
     """
-    n, C = residual.shape
-    lefts = 1 if parents is None else parents.shape[3]
-    inside = (node[:, None, :] == 2 * torch.arange(lefts)[:, None]).float()             # (n, M/2, C)
-    table = torch.stack([residual[:, None, :] * inside, inside], dim=1)                 # (n, 2, M/2, C)
-    below = F.embedding_bag(bins.rows, table.view(n, -1), bins.offsets, mode="sum")     # (N*V, 2 * M/2 * C)
-    below = below.view(-1, bins.V, 2, lefts, C).cumsum(1)                               # (N, V, 2, M/2, C)
-    if parents is not None:
-        below = torch.stack([below, parents - below], dim=4).flatten(3, 4)              # (N, V, 2, M, C)
+    (V, points, starts), (n, C) = bags, residual.shape
+    inside = (node[:, None, :] == torch.arange(M)[:, None]).float()                     # (n, M, C)
+    table = torch.stack([residual[:, None, :] * inside, inside], dim=1)                 # (n, 2, M, C)
+    below = F.embedding_bag(points, table.view(n, -1), starts, mode="sum")              # (N*V, 2 * M * C)
+    below = below.view(-1, V, 2, M, C).cumsum(1)                                        # (N, V, 2, M, C)
     total = below[0, -1]                                                                # (2, M, C)
     (sum_l, n_l), (sum_r, n_r) = below.unbind(2), (total - below).unbind(2)             # (N, V, M, C) each
-    decrease = sum_l ** 2 / n_l + sum_r ** 2 / n_r                                      # nan or inf: a side is empty
-    decrease = (decrease - total[0] ** 2 / total[1]).nan_to_num(0, 0, 0).clamp(min=0)
-    best, place = decrease.flatten(0, 1).max(0)                                         # (M, C); first code wins
-    return best, (place // bins.V, torch.where(best > 1e-9, place % bins.V, bins.V)), below
+    decrease = sum_l ** 2 / n_l + sum_r ** 2 / n_r - total[0] ** 2 / total[1]           # nan or inf: a side is empty
+    decrease = decrease.nan_to_num(0, 0, 0).clamp(min=0)                                # (N, V, M, C)
+    gain, place = decrease.max(1)                                                       # (N, M, C) each, of every code
+    best = gain.max(0).values                                                           # (M, C)
+    code = ((gain == best) * (1 + torch.rand(gain.shape, generator=lots))).argmax(0)    # (M, C)
+    return best, code, torch.where(best > 1e-9, place.gather(0, code[None])[0], V)
 
 
-def boost(bins, index, y, C, rounds=100, depth=3, rate=0.1):
+def boost(bags, index, y, C, rounds=100, depth=3, rate=0.1):
     """Gradient-boosted classification trees (Friedman 2001, algorithm 6), with scikit-learn's conventions.
 
-    bins: of the n training codes; index: (n + n_test, N) from bins.of, training points first; y: (n,) int64
-    classes 0..C-1. All trees of a round are grown together, one a class (one in all for two classes).
-    Returns the importance of each code (N,), its decrease of squared error summed over all trees, and the
-    class predicted for every point (n + n_test,).
+    bags, index: from bin_codes, of n training points and after them the test's; y: (n,) int64, 0..C-1. A
+    round's trees, one a class (one in all for two), grow together. Returns the importance of each code (N,), its
+    decrease of squared error summed over all trees, and the class predicted for every point (n + n_test,).
     """
-    n, newton = len(y), (C - 1) / C if C > 2 else 1.0
+    n, newton, lots = len(y), (C - 1) / C if C > 2 else 1.0, torch.Generator().manual_seed(0)
     one_hot = F.one_hot(y, C).float()                                                   # (n, C)
     start = one_hot.mean(0).clamp(min=1e-12).log()                                      # (C,)
     if C == 2:                                                      # one tree: the log odds of class 1
@@ -137,9 +120,9 @@ def boost(bins, index, y, C, rounds=100, depth=3, rate=0.1):
     for _ in range(rounds):
         p = scores[:n].softmax(1) if C > 2 else scores[:n].sigmoid()                    # (n, C)
         residual = one_hot - p                                                          # minus the loss's gradient
-        node, sums = torch.zeros_like(scores, dtype=torch.int64), None                  # (n + n_test, C)
-        for _ in range(depth):
-            decrease, (code, threshold), sums = best_splits(bins, residual, node[:n], sums)     # (M, C) each
+        node = torch.zeros_like(scores, dtype=torch.int64)                              # (n + n_test, C)
+        for level in range(depth):
+            decrease, code, threshold = best_splits(bags, residual, node[:n], 2 ** level, lots)         # (M, C) each
             importance.index_add_(0, code.flatten(), decrease.flatten() / n)
             value = index.gather(1, code.gather(0, node))           # (n + n_test, C), bin of the code asked for
             node = 2 * node + (value > threshold.gather(0, node))                       # left 2m, right 2m + 1
@@ -154,18 +137,15 @@ def boost(bins, index, y, C, rounds=100, depth=3, rate=0.1):
 def dci(z_train, y_train, z_test, y_test, V=256):
     """Disentanglement, completeness, informativeness (Eastwood and Williams 2018, section 2).
 
-    z_train, z_test: codes (n, N) float; y_train, y_test: factors (n, K) int. Returns a dict with
-    disentanglement and completeness in [0, 1], informativeness_train and informativeness_test (mean
-    accuracy, [0, 1]), accuracy (K numbers, of the test points) and importance (N, K), whose columns sum to 1.
-    Deterministic. Two codes that are copies share nothing: the first takes all the importance (scikit-learn
-    draws lots). Raises ValueError.
+    z_train, z_test: codes (n, N) float; y_train, y_test: factors (n, K) int. Returns a dict: disentanglement,
+    completeness, informativeness_train and informativeness_test (mean accuracy), all in [0, 1]; accuracy (K, of the
+    test points); importance (N, K), whose columns sum to 1. Deterministic. Raises ValueError.
     """
     n = len(z_train)
     z, y = checked(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
-    bins = Bins(z[:n], V)
-    index, right, importance = bins.of(z), [], []
+    (index, bags), right, importance = bin_codes(z, n, V), [], []
     for column in torch.from_numpy(y).t():
-        gain, guess = boost(bins, index, column[:n], int(column.max()) + 1)
+        gain, guess = boost(bags, index, column[:n], int(column.max()) + 1)
         importance.append(gain / gain.sum() if gain.any() else gain)
         right.append(guess == column)
     R, right = np.stack(importance, axis=1), torch.stack(right).double()                # (N, K), (K, n + n_test)
@@ -176,18 +156,23 @@ def dci(z_train, y_train, z_test, y_test, V=256):
 
 # ---- the other scores -----------------------------------------------------------------------------
 
-def sharing(column, values, rng):
-    """For each of `values` (any shape) the number of a row, drawn at random, in which `column` (n,) has it."""
-    order, counts = np.argsort(column, kind="stable"), np.bincount(column)
-    return order[(counts.cumsum() - counts)[values] + (rng.random(values.shape) * counts[values]).astype(np.int64)]
+def partners(y, first, rng):
+    """Draws a factor for each point, (points,), and for each of its rows in `first` (points, batch) another row,
+    like `first`, that has the same value of this factor. y: (n, K)."""
+    factor, second = rng.integers(y.shape[1], size=len(first)), np.empty_like(first)
+    for k, column in enumerate(y.T):
+        order, counts, values = np.argsort(column, kind="stable"), np.bincount(column), column[first[factor == k]]
+        place = (rng.random(values.shape) * counts[values]).astype(np.int64)            # which of those with the value
+        second[factor == k] = order[(counts.cumsum() - counts)[values] + place]
+    return factor, second
 
 
 def factor_vae_score(z, y, seed=0, votes=(10000, 5000), batch=64, points=10000, least=0.05):
     """FactorVAE score (Kim and Mnih 2018, section 4). z: codes (n, N) float; y: factors (n, K) int.
 
-    A vote: `batch` rows that share the value of one factor elect the code that varies least among them, relative
-    to its standard deviation over `points` rows, which must be `least` or more. votes: how many learn which factor
-    each code stands for, how many test it. Returns the latter's accuracy, [0, 1]; 0 without codes. ValueError.
+    A vote: `batch` rows that share one factor's value elect the code that varies least among them, relative to its
+    standard deviation over `points` rows, which must be `least` or more. votes: how many learn which factor each code
+    stands for, how many test it. Returns the latter's accuracy, [0, 1]; 0 without codes. Raises ValueError.
     """
     z, y = checked(z, y)
     rng = np.random.default_rng(seed)
@@ -196,12 +181,8 @@ def factor_vae_score(z, y, seed=0, votes=(10000, 5000), batch=64, points=10000, 
     if not live.any():
         return 0.0
     z = z[:, live] / deviation[live]                                                    # (n, N live)
-    factor, elected = rng.integers(y.shape[1], size=sum(votes)), np.empty(sum(votes), dtype=np.int64)
-    for k, column in enumerate(y.T):
-        mine = np.flatnonzero(factor == k)
-        value = column[rng.integers(len(column), size=len(mine))]                       # (votes on k,)
-        rows = sharing(column, value[:, None].repeat(batch, 1), rng)                    # (votes on k, batch)
-        elected[mine] = z[rows].var(axis=1).argmin(axis=1)
+    factor, rows = partners(y, rng.integers(len(z), size=(sum(votes), 1)).repeat(batch, 1), rng)        # (votes, batch)
+    elected = np.concatenate([z[part].var(axis=1).argmin(axis=1) for part in np.array_split(rows, 8)])  # (votes,)
     count = np.zeros((z.shape[1], y.shape[1]))                                          # (N live, K)
     np.add.at(count, (elected[:votes[0]], factor[:votes[0]]), 1)
     return float((count.argmax(1)[elected[votes[0]:]] == factor[votes[0]:]).mean())
@@ -215,11 +196,9 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
     """
     z, y = checked(z, y)
     rng = np.random.default_rng(seed)
-    factor, x = rng.integers(y.shape[1], size=sum(points)), np.empty((sum(points), z.shape[1]), dtype=np.float32)
-    for k, column in enumerate(y.T):
-        mine = np.flatnonzero(factor == k)
-        first = rng.integers(len(z), size=(len(mine), batch))                           # rows, (points of k, batch)
-        x[mine] = np.abs(z[first] - z[sharing(column, column[first], rng)]).mean(1)     # (points of k, N)
+    first = rng.integers(len(z), size=(sum(points), batch))                             # rows, (points, batch)
+    factor, second = partners(y, first, rng)                                            # (points,), (points, batch)
+    x = np.abs(z[first] - z[second]).mean(1)                                            # (points, N)
     x = (x - x[:points[0]].mean(0)) / (x[:points[0]].std(0) + 1e-12)                    # so that the penalty is fair
     x, target = torch.from_numpy(x), torch.from_numpy(factor)
     x = F.pad(x, (0, 1), value=1.0)                                                     # (points, N + 1), for the bias
@@ -240,8 +219,8 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
 def mig(z, y, seed=0, points=10000, n_bins=20):
     """Mutual information gap (Chen et al. 2018, equation 6). z: codes (n, N) float; y: factors (n, K) int.
 
-    Each code is cut into n_bins equally wide bins over `points` rows. Returns the mean over factors of the
-    gap between the two codes that know most about it, as a share of the factor's entropy, [0, 1].
+    The mean over factors of the gap between the two codes that know most of it, as a share of its entropy, [0, 1];
+    over `points` rows, each code cut into n_bins equally wide bins. Raises ValueError.
     """
     z, y = checked(z, y)
     rows = np.random.default_rng(seed).choice(len(z), min(points, len(z)), replace=False)
@@ -266,7 +245,29 @@ def dci_scores(z, y, seed=0, points=(10000, 5000), V=256):
     return dci(z[rows[:points[0]]], y[rows[:points[0]]], z[rows[points[0]:]], y[rows[points[0]:]], V)
 
 
-METRICS = {"factor_vae": factor_vae_score, "dci": dci_scores, "mig": mig, "beta_vae": beta_vae_score}
+def tad(z, y, seed=0, least=0.75, most=0.2):
+    """TAD (Yeats et al. 2022): how far one code is ahead of all others in telling an attribute, summed.
+
+    z: codes (n, N) float; y: attributes (n, A) of 0 and 1. Counted are attributes that some code tells with an area
+    under the ROC curve of `least` or more, and of whose entropy no other attribute tells more than the share `most`.
+    Returns tad, 0 or more, and attributes, how many were counted. Exact, by ranks; no draws, so no seed is used.
+    """
+    z, a = checked(z, y)
+    n, n_1 = len(a), a.sum(0)                                                           # (A,)
+    rank = [(np.searchsorted(code, z[:, k]) + np.searchsorted(code, z[:, k], "right") + 1) / 2      # ties share a rank
+            for k, code in enumerate(np.sort(z, axis=0).T)]                             # N of (n,)
+    area = (np.stack(rank) @ a - n_1 * (n_1 + 1) / 2) / (n_1 * (n - n_1))               # (N, A)
+    second, best = np.sort(np.vstack([np.maximum(area, 1 - area), np.full(a.shape[1], 0.5)]), axis=0)[-2:]
+    both = np.stack([x.T @ w for x in (a, 1 - a) for w in (a, 1 - a)], axis=-1)         # (A, A, 4)
+    H = entropy(np.stack([n_1, n - n_1], axis=1))                                       # (A,)
+    told = H[:, None] + H - entropy(both.reshape(-1, 4)).reshape(len(H), -1)            # (A, A), mutual information
+    np.fill_diagonal(told, 0)
+    counted = (best >= least) & (told.max(1) <= most * H)                               # (A,)
+    return dict(tad=float((best - second)[counted].sum()), attributes=int(counted.sum()))
+
+
+METRICS = {"factor_vae": factor_vae_score, "dci": dci_scores, "mig": mig, "beta_vae": beta_vae_score, "tad": tad}
+USUAL = ["factor_vae", "dci", "mig", "beta_vae"]                    # where factors are known
 PSNR_IMAGES, DDIM_STEPS, ETA = 256, 50, 0.0
 
 
@@ -276,7 +277,8 @@ def score_codes(z, y, metrics, seed=0):
     for name in metrics:
         started = time.monotonic()
         result = METRICS[name](z, y, seed)
-        scores.update(result if isinstance(result, dict) else {name: result})
+        for score, value in (result if isinstance(result, dict) else {name: result}).items():
+            scores[score] = value.round(4).tolist() if isinstance(value, np.ndarray) else value
         defaults = inspect.signature(METRICS[name]).parameters.values()
         protocol[name] = {p.name: p.default for p in defaults if p.name not in ("z", "y", "seed")}
         seconds[name] = round(time.monotonic() - started, 2)
@@ -292,41 +294,46 @@ class Run:
         self.folder = Path(folder) / f"on-{Path(data).stem}" if data else Path(folder)  # where results go
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
         self.seconds = max([x["seconds"] for x in train.read_log(folder) if x["stage"] == "tokens"], default=0.0)
-        self.ds = open_dataset(data or self.settings.data or None)
+        self.ds = open_dataset(data) if data else train.open_data(self.settings)
         self.folder.mkdir(exist_ok=True)
         self.diffusion = train.build_diffusion(self.settings).to(self.device)
         self.importance = None                                      # (N, K) by DCI, once it is known
+        self.lacks = (["traversal"] * (self.settings.encoder != "scalar") +
+                      ["attention"] * (self.settings.conditioning != "cross-attention") +
+                      ["attention", "bottleneck", "when"] * (self.settings.objective != "diffusion"))
 
     def images(self, index):
         """index: (B,) ints. Returns (B, 3, 64, 64) in [-1, 1]."""
         return self.ds.images(index).to(self.device)
 
     def rows(self, n, seed=0):
-        """Numbers of n different images, in the order drawn: (n,) int64."""
-        return np.random.default_rng(seed).choice(len(self.ds), n, replace=False)
+        """Numbers of n different images (all, if there are fewer), in the order drawn: (n,) int64."""
+        return np.random.default_rng(seed).choice(len(self.ds), min(n, len(self.ds)), replace=False)
 
     def noise(self, shape):
         """Standard normal numbers, always the same, on every device."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def codes(self, batch_size=512):
-        """One number for each token and image: z (n, N) float32, and the factors y (n, K) of these images.
+        """One number for each token: z (n, N) float32; and y: factors (n, K), attributes (n, A) or None.
 
-        All images, or settings.score_images of them; kept in the run folder and read from there the next time.
+        Of all images, or settings.score_images of them: self.index. Kept in the run folder for the next time.
         DEVIATION: principal components of vector and slot tokens are found over 10,000 images, not over all.
         """
-        n = min(self.settings.score_images or len(self.ds), len(self.ds))
-        index = np.arange(n) if n == len(self.ds) else np.sort(self.rows(n))
-        y, kept = self.ds.factors(index).numpy(), self.folder / f"codes-{self.step}.npy"
+        self.index = np.sort(self.rows(self.settings.score_images or len(self.ds)))
+        y = self.ds.attributes[self.index] if self.ds.attribute_names else None
+        y = self.ds.factors(self.index).numpy() if self.ds.factor_names else y
+        kept = self.folder / f"codes-{self.step}.npy"
         if kept.exists() and self.data is None:
             z = np.load(kept)
-            if z.shape == (n, self.settings.tokens):
+            if z.shape == (len(self.index), self.settings.tokens):
                 return z, y
-        code = number_coder(self.encoder, (self.images(part) for part in np.array_split(self.rows(min(n, 10000)), 40)))
-        parts = np.array_split(index, -(-n // batch_size))
+        code = number_coder(self.encoder, (self.images(part) for part in np.array_split(self.rows(10000), 40)))
+        parts = np.array_split(self.index, -(-len(self.index) // batch_size))
         z = torch.cat([code(self.images(part)).cpu() for part in tqdm(parts, desc="codes", unit="batch")]).numpy()
         if self.data is None:
-            train.write_whole(kept, lambda path: np.save(path, z))
+            with whole(kept) as temporary, open(temporary, "wb") as file:
+                np.save(file, z)
         return z, y
 
     def decode(self, tokens, desc=None):
@@ -375,10 +382,9 @@ class Canvas:
 
 
 def grid(rows, labels, notes=()):
-    """A sheet of `rows` of pictures, each (columns, 3, H, W) in [-1, 1], with its label left of it; an Image.
+    """An Image of `rows` of pictures, each (columns, 3, H, W) in [-1, 1], flush right, its label to the left.
 
-    All rows end at the right edge: picture j of row i begins at x = width - (columns_i - j) (W + 2),
-    y = i (H + 2). notes: lines of text below.
+    Picture j of row i begins at x = width - (columns_i - j) (W + 2), y = i (H + 2). notes: lines of text below.
     """
     H, W = (side + GAP for side in rows[0].shape[2:])
     width = int(max(FONT.getlength(label) + len(row) * W for row, label in zip(rows, labels))) + 20
@@ -400,7 +406,7 @@ def reconstruction(run):
     images = run.images(run.rows(PSNR_IMAGES, seed=1))                                  # (B, 3, 64, 64)
     rebuilt = run.decode(run.encoder(images), "reconstruction")                         # (B, 3, 64, 64)
     first_stage = run.vae.decode(run.vae.encode(images)).clamp(-1, 1)                   # (B, 3, 64, 64)
-    mse = [((x - images) / 2).square().mean().item() for x in (first_stage, rebuilt)]
+    mse = [(x - images).square().mean().item() / 4 for x in (first_stage, rebuilt)]
     notes = [f"{name}: MSE {e:.5f}, PSNR {-10 * math.log10(e):.1f} dB ({len(images)} pictures)"
              for name, e in zip(("autoencoder only", "from tokens"), mse)]
     grid([x[:10] for x in (images, first_stage, rebuilt, rebuilt - images)],
@@ -409,14 +415,14 @@ def reconstruction(run):
 
 
 def token_names(run):
-    """The tokens that are used, ordered by the factor they follow, the idle ones, and a name for every token."""
+    """All tokens, ordered by the factor that they follow, idle ones last; how many are not idle; a name for each."""
+    N = run.settings.tokens
     if run.importance is None:                                      # data without factors
-        return list(range(run.settings.tokens)), [], [f"token {n}" for n in range(run.settings.tokens)]
-    factor, weight = run.importance.argmax(1), run.importance.max(1)                    # (N,) each
-    order = np.lexsort((-weight, factor)).tolist()
+        return list(range(N)), N, [f"token {n}" for n in range(N)]
+    factor, weight = np.argmax(run.importance, 1), np.max(run.importance, 1)            # (N,) each
     names = [f"token {n}: {run.ds.factor_names[factor[n]].replace('_', ' ')} {w:.2f}" if w >= 0.02
              else f"token {n}: idle" for n, w in enumerate(weight)]
-    return [n for n in order if weight[n] >= 0.02], [n for n in order if weight[n] < 0.02], names
+    return np.lexsort((-weight, factor, weight < 0.02)).tolist(), int((weight >= 0.02).sum()), names
 
 
 def swap(run, columns=8):
@@ -427,18 +433,19 @@ def swap(run, columns=8):
         index = np.concatenate([index[:1], index[differ]])
     images = run.images(index[:columns + 1])                                            # the target first
     target, sources = run.encoder(images).split([1, columns])                           # (1, N, D), (columns, N, D)
-    used, idle, names = token_names(run)
+    order, _, names = token_names(run)
     edits = sources.repeat(1 + len(names), 1, 1, 1)                                     # (1 + N, columns, N, D)
-    for row, n in enumerate(used + idle):
+    for row, n in enumerate(order):
         edits[row + 1, :, n] = target[:, n]
     pictures = run.decode(edits.flatten(0, 1), "swap").unflatten(0, (-1, columns))      # (1 + N, columns, 3, H, W)
-    names = ["target, sources", "sources, rebuilt", *(names[n] for n in used + idle)]
+    names = ["target, sources", "sources, rebuilt", *(names[n] for n in order)]
     grid([images, *pictures], names).save(run.folder / "swap.png")
 
 
 def traversal(run, columns=9):
     """One row a used token: its scalar goes from the 1st to the 99th percentile over the data; also as a GIF."""
-    used, _, names = token_names(run)
+    order, live, names = token_names(run)
+    used = order[:live]
     z = torch.from_numpy(np.quantile(run.codes()[0][:, used], np.linspace(0.01, 0.99, columns), axis=0)).float()
     base = run.encoder.scalars(run.images(run.rows(1, seed=3)))                         # (1, N)
     edits = base.repeat(len(used), columns, 1)                                          # (rows, columns, N)
@@ -461,29 +468,30 @@ def attention(run, count=3):
         run.unet(run.diffusion.q_sample(x_0, t, run.noise(x_0.shape)), t, tokens, maps)
         shares.append(attention_pictures(maps, images.shape[-1]).unflatten(0, (count, 9)).mean(1))
     shares = torch.cat(shares).transpose(0, 1)[:, :, None]                              # (N, 3 count, 1, 64, 64)
-    used, _, names = token_names(run)
+    order, live, names = token_names(run)
     red = torch.tensor([1.0, -0.6, -1.0], device=run.device)[:, None, None]             # (3, 1, 1)
     grey = (0.5 * images.mean(1, keepdim=True) + 0.3).repeat(3, 3, 1, 1)                # (3 count, 3, 64, 64)
-    rows = [torch.lerp(grey, red, 0.8 * shares[n] / shares[n].max()) for n in used]
-    sheet = grid([images.repeat(3, 1, 1, 1), *rows], ["picture", *(names[n] for n in used)],
-                 ["early, middle and late in sampling (t from 999, 666, 333 down); each row has its own scale"])
-    sheet.save(run.folder / "attention.png")
+    rows = [torch.lerp(grey, red, 0.8 * shares[n] / shares[n].max()) for n in order[:live]]
+    note = "early, middle and late in sampling (t from 999, 666, 333 down); each row has its own scale"
+    grid([images.repeat(3, 1, 1, 1), *rows], ["picture", *(names[n] for n in order[:live])], [note]).save(
+        run.folder / "attention.png")
 
 
 def bottleneck(run):
     """The paper's bottleneck curve for the four schedules, with our latents and at the paper's scale; also as CSV."""
-    sheet, head, columns = Canvas(860, 330), ["t"], [np.arange(1000)]
-    for i, (mean_square, factor, title) in enumerate([(1.0, 1, "KL per dimension, unit-variance latents"),
-                                                      (67.6, 2, "twice the KL, mean square 67.6: as in the paper")]):
+    sheet, columns = Canvas(860, 330), {"t": np.arange(1000)}
+    for x, mean_square, factor, title in ((60, 1.0, 1, "KL per dimension, unit-variance latents"),
+                                          (480, 67.6, 2, "twice the KL, mean square 67.6: as in the paper")):
         kl = {name: factor * Diffusion(name).kl_to_noise(mean_square).numpy() for name in SCHEDULES}
-        top, box = 4 * math.ceil(max(v.max() for v in kl.values()) / 4), (60 + 420 * i, 30, 350, 230)
-        sheet.axes(box, T_TICKS, [(f"{top * v / 4:g}", v / 4) for v in range(5)], "t", title,
+        columns.update({f"{name}_{mean_square:g}": values for name, values in kl.items()})
+        top = 4 * math.ceil(max(values.max() for values in kl.values()) / 4)
+        sheet.axes((x, 30, 350, 230), T_TICKS, [(f"{top * v / 4:g}", v / 4) for v in range(5)], "t", title,
                    [(values / top, COLOURS[name]) for name, values in kl.items()])
         for j, name in enumerate(kl):
-            sheet.text(box[0] + 330, 50 + 18 * j, name, "rm", COLOURS[name])
-        head, columns = head + [f"{name}_{mean_square:g}" for name in kl], columns + list(kl.values())
+            sheet.text(x + 330, 50 + 18 * j, name, "rm", COLOURS[name])
     sheet.image.save(run.folder / "bottleneck.png")
-    np.savetxt(run.folder / "bottleneck.csv", np.stack(columns, 1), "%.6g", ",", header=",".join(head), comments="")
+    np.savetxt(run.folder / "bottleneck.csv", np.stack([*columns.values()], 1), "%.6g", ",", header=",".join(columns),
+               comments="")
 
 
 def when(run):
@@ -492,8 +500,7 @@ def when(run):
     x_0, tokens, kl = run.vae.encode(images), run.encoder(images), run.diffusion.kl_to_noise().cpu().numpy()
     rise = np.stack([rise_of_loss(run.unet, run.diffusion, x_0, tokens, run.noise(x_0.shape), t).cpu().numpy()
                      for t in tqdm(range(25, 1000, 50), desc="when", leave=False)], 1)  # (N, levels)
-    used, idle, names = token_names(run)
-    order, top, colour = used + idle, rise.max(), COLOURS[run.settings.schedule]
+    (order, _, names), top, colour = token_names(run), rise.max(), COLOURS[run.settings.schedule]
     sheet, height = Canvas(700, 240 + 18 * len(names)), 18 * len(names)
     sheet.axes((190, 30, 480, 110), [], [("0", 0), (f"{kl.max():.1f}", 1)],
                title=f"bottleneck: KL per dimension, {run.settings.schedule}", curves=[(kl / kl.max(), colour)])
@@ -505,14 +512,12 @@ def when(run):
 
 
 FIGURES = {f.__name__: f for f in (reconstruction, swap, traversal, attention, bottleneck, when)}
-NEEDS = {"traversal": dict(encoder="scalar"), "attention": dict(conditioning="cross-attention", objective="diffusion"),
-         "bottleneck": dict(objective="diffusion"), "when": dict(objective="diffusion")}
 
 
 # ---- the command ----------------------------------------------------------------------------------
 
 COLUMNS = {"factor_vae": "FactorVAE", "disentanglement": "DCI D", "completeness": "DCI C",
-           "informativeness_test": "DCI I", "mig": "MIG", "beta_vae": "beta-VAE", "psnr": "PSNR",
+           "informativeness_test": "DCI I", "mig": "MIG", "beta_vae": "beta-VAE", "tad": "TAD", "psnr": "PSNR",
            "parameters": "parameters", "step": "steps", "minutes": "minutes"}
 
 
@@ -526,9 +531,26 @@ def table(results):
     print(f"{'':{width}}  runs", *(f"{COLUMNS[c]:>16}" for c in columns))
     for key, rows in lines.items():
         values = np.array([[row[c] for c in columns] for row in rows], dtype=float)     # (seeds, columns)
-        texts = [f"{m:.0f}" if m > 999 else f"{m:.3f}" for m in values.mean(0)]
-        spread = [f" +- {v:.3f}" if v else "" for v in values.std(0, ddof=len(values) > 1)]
-        print(f"{key:{width}}  {len(rows):4}", *(f"{a + b:>16}" for a, b in zip(texts, spread)))
+        moments = zip(values.mean(0), values.std(0, ddof=len(values) > 1))
+        print(f"{key:{width}}  {len(rows):4}", *(f"{f'{m:.{3 * (m < 1000)}f}' + (f' +- {v:.3f}' if v else ''):>16}"
+                                                 for m, v in moments))
+
+
+def held_out(run, z, y):
+    """Of images that training saw and did not see, apart: MSE of rebuilding 256; accuracy of trees that learn each
+    factor from 10,000 seen ones. Prints and returns them."""
+    seen, unseen = (np.random.default_rng(0).permutation(np.flatnonzero(np.isin(run.index, part))) for part in
+                    hold_out(run.ds, run.settings.holdout, run.settings.holdout_factors))
+    result = {}
+    for name, rows in (("seen", seen[10000:15000]), ("unseen", unseen[:5000])):
+        images = run.images(run.index[rows[:PSNR_IMAGES]])                              # (B, 3, 64, 64)
+        rebuilt = run.decode(run.encoder(images), name)                                 # (B, 3, 64, 64)
+        result[name] = dict(images=len(rows), mse=(rebuilt - images).square().mean().item() / 4)
+        if run.ds.factor_names:
+            accuracy = dci(z[seen[:10000]], y[seen[:10000]], z[rows], y[rows])["accuracy"]
+            result[name].update(zip(run.ds.factor_names, accuracy))
+        print(f"{name} images:", *(f"{key} {value:.4g}" for key, value in result[name].items()))
+    return result
 
 
 def score_run(run, metrics):
@@ -537,9 +559,9 @@ def score_run(run, metrics):
     old = json.loads(file.read_text()) if file.exists() else {}
     old = old if old.get("step") == run.step else {}                # what is not measured now stays
     z, y = run.codes()
-    scores, protocol, seconds = score_codes(z, y, metrics, run.settings.seed)
-    importance = scores.pop("importance", old.get("importance"))
-    run.importance = None if importance is None else np.array(importance)
+    usual = USUAL if run.ds.factor_names else ["tad"] if run.ds.attribute_names else []
+    scores, protocol, seconds = score_codes(z, y, metrics or usual, run.settings.seed)
+    run.importance = scores.get("importance", old.get("scores", {}).get("importance"))
     scores.update(reconstruction(run)), swap(run)
     protocol["psnr"] = dict(images=PSNR_IMAGES, ddim_steps=DDIM_STEPS, eta=ETA)
     seconds["all"] = round(time.monotonic() - started, 2)           # also the codes and the two pictures
@@ -547,8 +569,9 @@ def score_run(run, metrics):
     result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), factors=run.ds.factor_names,
                   **{key: {**old.get(key, {}), **new} for key, new in measured.items()},
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
-                  minutes=round(run.seconds / 60, 2), settings=dataclasses.asdict(run.settings),
-                  importance=None if run.importance is None else run.importance.round(4).tolist())
+                  minutes=round(run.seconds / 60, 2), settings=dataclasses.asdict(run.settings))
+    if (run.settings.holdout or run.settings.holdout_factors) and not run.data:
+        result["held_out"] = held_out(run, z, y)
     train.write_json(file, result)
     return result
 
@@ -558,7 +581,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders that train.py wrote")
     parser.add_argument("--codes", metavar="FILE", help="an .npz file with arrays z (n, N) and y (n, K) to score")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="only these scores")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="only these scores")
     parser.add_argument("--figures", nargs="*", choices=FIGURES, help="draw these figures, or all, instead of scoring")
     parser.add_argument("--data", help="another data file to look at with the runs")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps [the first of cuda, mps, cpu that is there]")
@@ -567,25 +590,20 @@ def main(argv=None):
         raise ValueError("name run folders, or codes with --codes FILE (no pictures, no --data), and not both")
     results = []
     if args.codes:
-        try:
-            with np.load(args.codes) as file:
-                z, y = file["z"], file["y"]
-        except (KeyError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile):
-            raise ValueError(f"{args.codes} is not an .npz file with arrays z (n, N) and y (n, K)") from None
-        scores, protocol, seconds = score_codes(z, y, args.metrics)
+        with reading(args.codes), np.load(args.codes) as file:
+            z, y = file["z"], file["y"]                             # (n, N), (n, K)
+        scores, protocol, seconds = score_codes(z, y, args.metrics or USUAL)
         results = [dict(data=args.codes, settings={}, scores=scores, protocol=protocol, seconds=seconds)]
     for run in (Run(folder, args.data, args.device) for folder in args.runs):
         if args.figures is None:
             results.append(score_run(run, args.metrics))
             continue
-        codes = run.codes()                                         # too few for DCI: rows are named by number
-        run.importance = dci_scores(*codes, run.settings.seed)["importance"] if len(codes[0]) >= 15000 else None
-        for name in tqdm(args.figures or FIGURES, desc="figures"):
-            lacks = [f"--{k} {v}" for k, v in NEEDS.get(name, {}).items() if getattr(run.settings, k) != v]
-            if not lacks:
-                FIGURES[name](run)
-            elif args.figures:
-                raise ValueError(f"{run.folder} has no figure {name}: that is of runs with {' '.join(lacks)}")
+        if run.ds.factor_names and len((codes := run.codes())[0]) >= 15000:             # else rows are named by number
+            run.importance = dci_scores(*codes, run.settings.seed)["importance"]
+        for name in tqdm(args.figures or [f for f in FIGURES if f not in run.lacks], desc="figures"):
+            if name in run.lacks:
+                raise ValueError(f"figure {name} shows what {run.folder} lacks: scalars, attention or noise levels")
+            FIGURES[name](run)
     if results:
         table(results)
     return results

@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import open_dataset
+from data import DATASETS, hold_out, open_dataset, whole
 from diffusion import LOSSES, SCHEDULES, Diffusion, Reconstruction, ema_decay, update_ema
 from encoder import KINDS, ConceptEncoder
 from model import CONDITIONINGS, UNet
@@ -49,7 +48,11 @@ class Settings:
     """Everything a run depends on. The defaults are preset small; "paper:" gives the paper's value."""
     preset: str = setting("small", "sizes and constants to start from", ("tiny", "small", "paper"))
     # run
-    data: str = setting("", "a data file; empty: the built-in world")
+    data: str = setting("", "a data file or a folder of images; empty: the built-in world")
+    dataset: str = setting("", "which data set that is; empty: as its contents say", ("", *DATASETS))
+    cache: str = setting("", "folder for the unpacked copy of the data; empty: beside it")
+    holdout: float = setting(0.0, "share of the images that training never sees", low=0, high=0.99)
+    holdout_factors: str = setting("", 'combinations that training never sees, such as "floor_hue=3,shape=1;scale=0"')
     out: str = setting("", "run folder; empty: runs/<data>-<preset>-<seed>")
     seed: int = setting(0, "of weights, batches and noise", low=0)
     device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
@@ -114,8 +117,8 @@ PRESETS = {
 }
 FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
                "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas", "vae_warmup")
-MAY_CHANGE = ("out", "device", "steps", "checkpoint_minutes", "score_images")     # when a run is resumed
-NOT_COMPARED = ("seed", "out", "device", "checkpoint_minutes", "score_images", "vae")      # by evaluate.py's table
+MAY_CHANGE = ("out", "cache", "device", "steps", "checkpoint_minutes", "score_images")     # when a run is resumed
+NOT_COMPARED = ("seed", "out", "cache", "device", "checkpoint_minutes", "score_images", "vae")     # by evaluate.py
 
 
 def parse(argv):
@@ -169,6 +172,11 @@ def check(s):
 
 # ---- parts ----------------------------------------------------------------------------------------
 
+def open_data(s):
+    """The data set that Settings s name."""
+    return open_dataset(s.data or None, s.cache or None, s.dataset or None)
+
+
 def latent_shape(s):
     """(Z, h, w) of the latents that the first stage makes of 64x64 pictures."""
     side = 64 // (s.patch * 2 ** (len(s.vae_multipliers) - 1))
@@ -213,18 +221,6 @@ def learning_rate(step, steps, peak, warmup, decay):
 
 # ---- checkpoints ----------------------------------------------------------------------------------
 
-def write_whole(path, write):
-    """Calls write(temporary path), then renames: the old file stays whole until the new one is. Raises OSError."""
-    temporary = path.with_name("writing-" + path.name)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                        # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is unharmed; "
-                      "make room and go on from there (train.py --resume, or evaluate.py)") from None
-
-
 def load(path, *parts):
     """A checkpoint with these parts, as save wrote it, on the CPU. OSError or ValueError with one sentence."""
     try:
@@ -244,7 +240,8 @@ def save(path, s, step, device, **parts):
               "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
     saved = dict(settings=dataclasses.asdict(s), step=step, random=random,
                  **{name: part.state_dict() for name, part in parts.items()})
-    write_whole(path, lambda temporary: torch.save(saved, temporary))
+    with whole(path) as temporary:
+        torch.save(saved, temporary)
 
 
 def restore(path, device, **parts):
@@ -274,8 +271,8 @@ class Progress:
         self.log, self.device, self.parts = out / "log.jsonl", device, parts
         self.step = restore(self.checkpoint, device, **parts)
         lines = [line for line in read_log(out) if line["stage"] != stage or line["step"] <= self.step]
-        text = "".join(json.dumps(line) + "\n" for line in lines)   # what came after the checkpoint is done again
-        write_whole(self.log, lambda path: path.write_text(text))
+        with whole(self.log) as temporary:                          # what came after the checkpoint is done again
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.saved = time.monotonic()
         self.started = self.saved - max([line["seconds"] for line in lines if line["stage"] == stage], default=0.0)
         self.bar = tqdm(total=steps, initial=self.step, desc=stage, unit="step", mininterval=1.0,
@@ -400,7 +397,8 @@ def read_settings(out):
 
 def write_json(path, contents):
     """Writes a JSON file, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(contents, indent=1) + "\n"))
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1) + "\n")
 
 
 def load_run(out, device):
@@ -436,11 +434,12 @@ def settle(s, resume, given):
         raise ValueError(f"{out} exists and holds no run of this program: name another folder with --out")
     if s.vae:
         other = read_settings(s.vae)
-        for name in ("data", *FIRST_STAGE):
+        must = ("data", "holdout", "holdout_factors", "first_stage")
+        for name in (*must, *FIRST_STAGE):
             theirs, ours = getattr(other, name), getattr(s, name)
-            if theirs != ours and (name in given or name in ("data", "first_stage")):
-                raise ValueError(f"--vae {s.vae} was trained with --{flag(name)} {theirs or '(built-in world)'}, not "
-                                 f"{ours or '(built-in world)'}: leave this flag out, or train a first stage for it")
+            if theirs != ours and (name in given or name in must):
+                raise ValueError(f"--vae {s.vae} was trained with --{flag(name)} {theirs or '(none)'}, not "
+                                 f"{ours or '(none)'}: leave this flag out, or train a first stage for it")
         if load(Path(s.vae) / "vae.pt", "step")["step"] < other.vae_steps:
             raise ValueError(f"--vae {s.vae}: its first stage is not finished; continue that run with --resume")
         s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})
@@ -460,16 +459,17 @@ def main(argv=None):
     check(s)
     device = choose_device(s.device)
     parts = [build_autoencoder(s), *build_networks(s)]              # fails before anything is written
-    ds, out = open_dataset(s.data or None), Path(s.out)
+    ds, out = open_data(s), Path(s.out)
+    rows = torch.from_numpy(hold_out(ds, s.holdout, s.holdout_factors)[0])              # (n,), what training may see
     borrowed = load(Path(s.vae) / "vae.pt") if s.vae and not (out / "vae.pt").exists() else None
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", dataclasses.asdict(s))
     if borrowed:
-        write_whole(out / "vae.pt", lambda temporary: torch.save(borrowed, temporary))
+        with whole(out / "vae.pt") as temporary:
+            torch.save(borrowed, temporary)
     print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
     for name, part in zip(("autoencoder", "token encoder", "U-Net"), parts):
         print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
-    rows = torch.arange(len(ds))
     vae = train_first_stage(s, ds, rows, out, device)
     train_tokens(s, ds, rows, vae, out, device)
     score_run(out, device)

@@ -96,12 +96,12 @@ def test_swapping_a_picture_with_itself_changes_nothing(run):
 
 
 def test_rows_are_ordered_and_named_by_factor(run):
-    used, idle, names = evaluate.token_names(run)
-    assert (used, idle) == ([1, 3, 0, 4], [2])
+    order, live, names = evaluate.token_names(run)
+    assert (order, live) == ([1, 3, 0, 4, 2], 4)
     assert names == ["token 0: wall hue 0.90", "token 1: floor hue 0.80", "token 2: idle", "token 3: floor hue 0.20",
                      "token 4: scale 0.50"]
     run.importance = None
-    assert evaluate.token_names(run) == ([0, 1, 2, 3, 4], [], [f"token {n}" for n in range(N)])
+    assert evaluate.token_names(run) == ([0, 1, 2, 3, 4], 5, [f"token {n}" for n in range(N)])
 
 
 def test_traversal(run):
