@@ -424,7 +424,7 @@ def read_folder(path, name):
             readable += [one is not None for one in pictures]
             yield np.stack([black if one is None else one for one in pictures])         # (rows, H, W, 3)
     if not any(readable):
-        raise ValueError(f"{path}: none of its {len(files)} images ({', '.join(SUFFIXES)}) is readable (and listed)")
+        raise ValueError(f"{path}: none of its {len(files)} images is readable and listed (a folder needs no list)")
     yield np.array(readable)
 
 
