@@ -238,8 +238,8 @@ def whole(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                        # h5py reports a full disk as either
         why = str(error).split("\n")[0]
-        raise OSError(f"could not write {path} ({why}): make room there, or choose another folder, for unpacked copies "
-                      "by --cache") from None
+        raise OSError(f"could not write {path} ({why}): what was there before is unharmed; make room or name another "
+                      "folder (--out, --cache), and go on (train.py --resume)") from None
     finally:
         if temporary.exists():
             temporary.unlink()

@@ -4,9 +4,8 @@
     python evaluate.py RUN --figures [NAME ...] # the paper's pictures and its bottleneck analysis
     python evaluate.py --codes FILE.npz         # scores of arrays z (n, N) and y (n, K), no model needed
 
-Implements the FactorVAE score, DCI, MIG and the beta-VAE score with the protocol of EncDiff's authors; the
-functions of the first half work on plain arrays and can be copied without the rest. Then the figures.
-Exports: dci, factor_vae_score, beta_vae_score, mig, Run, main.
+Implements the scores with the protocol of EncDiff's authors, on plain arrays, so that they can be copied; then the
+figures. Left out: FID. Exports: dci, factor_vae_score, beta_vae_score, mig, tad, Run, main.
 
 Letters:  n points (images), N codes, K factors, C classes (values of one factor), V bins of a code,
 M nodes of a tree's level, B batch, D token dimension, Z, h, w the latent's channels and sides.
@@ -149,9 +148,8 @@ def dci(z_train, y_train, z_test, y_test, V=256):
         importance.append(gain / gain.sum() if gain.any() else gain)
         right.append(guess == column)
     R, right = np.stack(importance, axis=1), torch.stack(right).double()                # (N, K), (K, n + n_test)
-    return dict(disentanglement=purity(R), completeness=purity(R.T), importance=R,
-                accuracy=right[:, n:].mean(1).tolist(), informativeness_train=right[:, :n].mean().item(),
-                informativeness_test=right[:, n:].mean().item())
+    return dict(disentanglement=purity(R), completeness=purity(R.T), informativeness_train=right[:, :n].mean().item(),
+                informativeness_test=right[:, n:].mean().item(), accuracy=right[:, n:].mean(1).tolist(), importance=R)
 
 
 # ---- the other scores -----------------------------------------------------------------------------
@@ -191,8 +189,8 @@ def factor_vae_score(z, y, seed=0, votes=(10000, 5000), batch=64, points=10000, 
 def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
     """beta-VAE score (Higgins et al. 2017, appendix): can a linear classifier tell which factor pairs share?
 
-    z: codes (n, N) float; y: factors (n, K) int. A point is the mean of |difference| over `batch` pairs,
-    each pair sharing its value of one factor. Returns the accuracy on the second of `points`, [0, 1].
+    z: codes (n, N) float; y: factors (n, K) int. A point is the mean of |difference| over `batch` pairs, each pair
+    sharing its value of one factor. Returns the accuracy on the second of `points`, [0, 1]. Raises ValueError.
     """
     z, y = checked(z, y)
     rng = np.random.default_rng(seed)
@@ -200,8 +198,7 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
     factor, second = partners(y, first, rng)                                            # (points,), (points, batch)
     x = np.abs(z[first] - z[second]).mean(1)                                            # (points, N)
     x = (x - x[:points[0]].mean(0)) / (x[:points[0]].std(0) + 1e-12)                    # so that the penalty is fair
-    x, target = torch.from_numpy(x), torch.from_numpy(factor)
-    x = F.pad(x, (0, 1), value=1.0)                                                     # (points, N + 1), for the bias
+    x, target = F.pad(torch.from_numpy(x), (0, 1), value=1.0), torch.from_numpy(factor) # (points, N + 1), with a bias
     weight = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)                    # (N + 1, K)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -241,8 +238,8 @@ def mig(z, y, seed=0, points=10000, n_bins=20):
 def dci_scores(z, y, seed=0, points=(10000, 5000), V=256):
     """dci of as many training and test rows, drawn without replacement."""
     z, y = checked(z, y, sum(points))
-    rows = np.random.default_rng(seed).choice(len(z), sum(points), replace=False)
-    return dci(z[rows[:points[0]]], y[rows[:points[0]]], z[rows[points[0]:]], y[rows[points[0]:]], V)
+    fit, test = np.split(np.random.default_rng(seed).choice(len(z), sum(points), replace=False), points[:1])
+    return dci(z[fit], y[fit], z[test], y[test], V)
 
 
 def tad(z, y, seed=0, least=0.75, most=0.2):
@@ -297,22 +294,16 @@ class Run:
         self.ds = open_dataset(data) if data else train.open_data(self.settings)
         self.folder.mkdir(exist_ok=True)
         self.diffusion = train.build_diffusion(self.settings).to(self.device)
+        self.images = lambda index: self.ds.images(index).to(self.device)               # (B,) -> (B, 3, 64, 64)
+        self.noise = lambda shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.importance = None                                      # (N, K) by DCI, once it is known
         self.lacks = (["traversal"] * (self.settings.encoder != "scalar") +
                       ["attention"] * (self.settings.conditioning != "cross-attention") +
                       ["attention", "bottleneck", "when"] * (self.settings.objective != "diffusion"))
 
-    def images(self, index):
-        """index: (B,) ints. Returns (B, 3, 64, 64) in [-1, 1]."""
-        return self.ds.images(index).to(self.device)
-
     def rows(self, n, seed=0):
         """Numbers of n different images (all, if there are fewer), in the order drawn: (n,) int64."""
         return np.random.default_rng(seed).choice(len(self.ds), min(n, len(self.ds)), replace=False)
-
-    def noise(self, shape):
-        """Standard normal numbers, always the same, on every device."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def codes(self, batch_size=512):
         """One number for each token: z (n, N) float32; and y: factors (n, K), attributes (n, A) or None.
@@ -329,8 +320,8 @@ class Run:
             if z.shape == (len(self.index), self.settings.tokens):
                 return z, y
         code = number_coder(self.encoder, (self.images(part) for part in np.array_split(self.rows(10000), 40)))
-        parts = np.array_split(self.index, -(-len(self.index) // batch_size))
-        z = torch.cat([code(self.images(part)).cpu() for part in tqdm(parts, desc="codes", unit="batch")]).numpy()
+        parts = tqdm(np.array_split(self.index, -(-len(self.index) // batch_size)), desc="codes", unit="batch")
+        z = torch.cat([code(self.images(part)).cpu() for part in parts]).numpy()        # (n, N)
         if self.data is None:
             with whole(kept) as temporary, open(temporary, "wb") as file:
                 np.save(file, z)
@@ -435,8 +426,7 @@ def swap(run, columns=8):
     target, sources = run.encoder(images).split([1, columns])                           # (1, N, D), (columns, N, D)
     order, _, names = token_names(run)
     edits = sources.repeat(1 + len(names), 1, 1, 1)                                     # (1 + N, columns, N, D)
-    for row, n in enumerate(order):
-        edits[row + 1, :, n] = target[:, n]
+    edits[range(1, 1 + len(names)), :, order] = target[0, order, None]                  # row by row one token's
     pictures = run.decode(edits.flatten(0, 1), "swap").unflatten(0, (-1, columns))      # (1 + N, columns, 3, H, W)
     names = ["target, sources", "sources, rebuilt", *(names[n] for n in order)]
     grid([images, *pictures], names).save(run.folder / "swap.png")
@@ -449,8 +439,7 @@ def traversal(run, columns=9):
     z = torch.from_numpy(np.quantile(run.codes()[0][:, used], np.linspace(0.01, 0.99, columns), axis=0)).float()
     base = run.encoder.scalars(run.images(run.rows(1, seed=3)))                         # (1, N)
     edits = base.repeat(len(used), columns, 1)                                          # (rows, columns, N)
-    for row, n in enumerate(used):
-        edits[row, :, n] = z[:, row].to(edits)
+    edits[range(len(used)), :, used] = z.t().to(edits)
     pictures = run.decode(run.encoder.tokens_of(edits.flatten(0, 1)), "traversal").unflatten(0, (-1, columns))
     sheet = lambda columns: grid(pictures[:, columns], [names[n] for n in used])
     sheet(range(columns)).save(run.folder / "traversal.png")
@@ -473,8 +462,8 @@ def attention(run, count=3):
     grey = (0.5 * images.mean(1, keepdim=True) + 0.3).repeat(3, 3, 1, 1)                # (3 count, 3, 64, 64)
     rows = [torch.lerp(grey, red, 0.8 * shares[n] / shares[n].max()) for n in order[:live]]
     note = "early, middle and late in sampling (t from 999, 666, 333 down); each row has its own scale"
-    grid([images.repeat(3, 1, 1, 1), *rows], ["picture", *(names[n] for n in order[:live])], [note]).save(
-        run.folder / "attention.png")
+    sheet = grid([images.repeat(3, 1, 1, 1), *rows], ["picture", *(names[n] for n in order[:live])], [note])
+    sheet.save(run.folder / "attention.png")
 
 
 def bottleneck(run):
@@ -490,8 +479,8 @@ def bottleneck(run):
         for j, name in enumerate(kl):
             sheet.text(x + 330, 50 + 18 * j, name, "rm", COLOURS[name])
     sheet.image.save(run.folder / "bottleneck.png")
-    np.savetxt(run.folder / "bottleneck.csv", np.stack([*columns.values()], 1), "%.6g", ",", header=",".join(columns),
-               comments="")
+    values, head = np.stack([*columns.values()], axis=1), ",".join(columns)             # (1000, 9)
+    np.savetxt(run.folder / "bottleneck.csv", values, "%.6g", ",", header=head, comments="")
 
 
 def when(run):
@@ -537,11 +526,9 @@ def table(results):
 
 
 def held_out(run, z, y):
-    """Of images that training saw and did not see, apart: MSE of rebuilding 256; accuracy of trees that learn each
-    factor from 10,000 seen ones. Prints and returns them."""
-    seen, unseen = (np.random.default_rng(0).permutation(np.flatnonzero(np.isin(run.index, part))) for part in
-                    hold_out(run.ds, run.settings.holdout, run.settings.holdout_factors))
-    result = {}
+    """MSE of rebuilding, and accuracy of trees that learned from seen codes, of seen and unseen images apart."""
+    parts, result = hold_out(run.ds, run.settings.holdout, run.settings.holdout_factors), {}
+    seen, unseen = (np.random.default_rng(0).permutation(np.flatnonzero(np.isin(run.index, part))) for part in parts)
     for name, rows in (("seen", seen[10000:15000]), ("unseen", unseen[:5000])):
         images = run.images(run.index[rows[:PSNR_IMAGES]])                              # (B, 3, 64, 64)
         rebuilt = run.decode(run.encoder(images), name)                                 # (B, 3, 64, 64)
@@ -565,11 +552,11 @@ def score_run(run, metrics):
     scores.update(reconstruction(run)), swap(run)
     protocol["psnr"] = dict(images=PSNR_IMAGES, ddim_steps=DDIM_STEPS, eta=ETA)
     seconds["all"] = round(time.monotonic() - started, 2)           # also the codes and the two pictures
-    measured = dict(scores=scores, seconds=seconds, protocol=protocol)
+    new = dict(scores=scores, seconds=seconds, protocol=protocol)
     result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), factors=run.ds.factor_names,
-                  **{key: {**old.get(key, {}), **new} for key, new in measured.items()},
+                  **{key: {**old.get(key, {}), **new[key]} for key in new}, minutes=round(run.seconds / 60, 2),
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
-                  minutes=round(run.seconds / 60, 2), settings=dataclasses.asdict(run.settings))
+                  settings=dataclasses.asdict(run.settings))
     if (run.settings.holdout or run.settings.holdout_factors) and not run.data:
         result["held_out"] = held_out(run, z, y)
     train.write_json(file, result)
@@ -590,8 +577,8 @@ def main(argv=None):
         raise ValueError("name run folders, or codes with --codes FILE (no pictures, no --data), and not both")
     results = []
     if args.codes:
-        with reading(args.codes), np.load(args.codes) as file:
-            z, y = file["z"], file["y"]                             # (n, N), (n, K)
+        with reading(f"{args.codes} (wanted: .npz, arrays z (n, N) and y (n, K))"), np.load(args.codes) as file:
+            z, y = file["z"], file["y"]
         scores, protocol, seconds = score_codes(z, y, args.metrics or USUAL)
         results = [dict(data=args.codes, settings={}, scores=scores, protocol=protocol, seconds=seconds)]
     for run in (Run(folder, args.data, args.device) for folder in args.runs):

@@ -273,10 +273,13 @@ class Progress:
         lines = [line for line in read_log(out) if line["stage"] != stage or line["step"] <= self.step]
         with whole(self.log) as temporary:                          # what came after the checkpoint is done again
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.saved = time.monotonic()
-        self.started = self.saved - max([line["seconds"] for line in lines if line["stage"] == stage], default=0.0)
-        self.bar = tqdm(total=steps, initial=self.step, desc=stage, unit="step", mininterval=1.0,
-                        disable=self.step >= steps)
+        self.seconds = max([line["seconds"] for line in lines if line["stage"] == stage], default=0.0)
+
+    def begin(self):
+        """Starts the clock and the bar."""
+        self.saved, self.started = time.monotonic(), time.monotonic() - self.seconds
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, unit="step", mininterval=1.0,
+                        disable=self.step >= self.steps)
 
     def after_step(self, loss, also):
         """Counts a step; every so often logs its loss (a tensor) and writes a checkpoint.
@@ -317,6 +320,7 @@ def train_first_stage(s, ds, rows, out, device):
     sample = lambda n: rows[torch.randint(len(rows), (n,))]                             # (n,)
     if progress.step == 0 and s.first_stage == "vq":
         vae.codebook.start_from(vae.encode(ds.images(sample(s.vae_batch_size)).to(device)))
+    progress.begin()
     while progress.step < s.vae_steps:
         images = ds.images(sample(s.vae_batch_size)).to(device)                          # (B, 3, 64, 64)
         optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.vae_steps, s.vae_lr, s.vae_warmup, s.decay)
@@ -340,10 +344,8 @@ def encode_all(s, ds, vae, device, most=2 ** 31, batch_size=512):
     shape = (len(ds), *latent_shape(s))
     if s.steps * s.batch_size <= len(ds) or 2 * math.prod(shape) > most:
         return None
-    latents = torch.empty(shape, dtype=torch.float16, device=device)                    # (n, Z, h, w)
-    for part in tqdm(torch.arange(len(ds)).split(batch_size), desc="latents", unit="batch", mininterval=1.0):
-        latents[part[0]:part[-1] + 1] = vae.encode(ds.images(part).to(device))
-    return latents
+    parts = tqdm(torch.arange(len(ds)).split(batch_size), desc="latents", unit="batch", mininterval=1.0)
+    return torch.cat([vae.encode(ds.images(part).to(device)).half() for part in parts])             # (n, Z, h, w)
 
 
 def train_tokens(s, ds, rows, vae, out, device):
@@ -357,6 +359,7 @@ def train_tokens(s, ds, rows, vae, out, device):
     progress = Progress(s, out, "tokens", "model.pt", s.steps, s.batch_size, device,
                         encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
     latents = encode_all(s, ds, vae, device) if progress.step < s.steps else None       # (n, Z, h, w), or None
+    progress.begin()
     while progress.step < s.steps:
         # data
         index = rows[torch.randint(len(rows), (s.batch_size,))]                         # (B,)

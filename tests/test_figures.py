@@ -11,6 +11,7 @@ from PIL import Image
 import evaluate
 import train
 from diffusion import SCHEDULES
+from evaluate import dci
 from model import rise_of_loss
 
 N = 5
@@ -31,7 +32,7 @@ def run(tmp_path, monkeypatch, world):
     train.write_json(tmp_path / "settings.json", dataclasses.asdict(s) | {"out": str(tmp_path)})
     train.save(tmp_path / "vae.pt", s, 1, torch.device("cpu"), vae=vae)
     train.save(tmp_path / "model.pt", s, 7, torch.device("cpu"), encoder=encoder, unet=unet, ema=unet)
-    monkeypatch.setattr(evaluate, "open_dataset", lambda path: world)
+    monkeypatch.setattr(train, "open_dataset", lambda *args: world)
     monkeypatch.setattr(evaluate, "DDIM_STEPS", 3)
     monkeypatch.setattr(evaluate, "PSNR_IMAGES", 12)
     run = evaluate.Run(tmp_path, device="cpu")
@@ -211,3 +212,43 @@ def test_runs_of_one_setting_share_a_line(capsys):
     assert head.split() == ["runs", "FactorVAE", "DCI", "D"]
     assert first.split() == "built-in world, steps 10 2 0.850 +- 0.071 0.425 +- 0.035".split()
     assert second.split() == "built-in world, steps 20 1 1.000 0.500".split()
+
+
+def test_figures_that_a_run_cannot_have_are_refused_or_left_out(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "FIGURES", {name: lambda run, name=name: drawn.append(name) for name in evaluate.FIGURES})
+    for changes, missing in (({"conditioning": "adagn"}, {"attention"}), ({"encoder": "slot"}, {"traversal"}),
+                             ({"objective": "reconstruct"}, {"attention", "bottleneck", "when"})):
+        folder = run.folder
+        settings = dataclasses.asdict(train.read_settings(folder))
+        s = train.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in {**settings, **changes}.items()})
+        encoder, unet = train.build_networks(s)
+        train.write_json(folder / "settings.json", dataclasses.asdict(s))
+        train.save(folder / "model.pt", s, 7, torch.device("cpu"), encoder=encoder, unet=unet, ema=unet)
+        monkeypatch.setattr(evaluate, "dci_scores", lambda z, y, seed: {"importance": run.importance})
+        monkeypatch.setattr(evaluate.Run, "codes", lambda self: (np.zeros((15000, N)), None))
+        drawn.clear()
+        evaluate.main([str(folder), "--figures"])
+        assert set(evaluate.FIGURES) - set(drawn) == missing
+        with pytest.raises(ValueError, match=f"figure {min(missing)} .*lacks"):
+            evaluate.main([str(folder), "--figures", min(missing)])
+        train.write_json(folder / "settings.json", settings)
+
+
+def test_held_out_images_are_scored_apart(run, monkeypatch, world, capsys):
+    """Codes that tell the floor's hue of seen images and nothing of unseen ones."""
+    monkeypatch.setattr(evaluate, "PSNR_IMAGES", 4)
+    run.settings = dataclasses.replace(run.settings, holdout_factors="wall_hue=2,shape=1")
+    rng = np.random.default_rng(0)
+    run.index = np.sort(rng.choice(len(world), 24000, replace=False))
+    y = world.factors(run.index).numpy()
+    unseen = (y[:, 1] == 2) & (y[:, 4] == 1)
+    z = rng.standard_normal((24000, N)).astype(np.float32)
+    z[:, 3] = np.where(unseen, z[:, 3], y[:, 0] + 0.01 * z[:, 3])
+    small = lambda z, y, z_test, y_test: dci(z[:600], y[:600], z_test[:500], y_test[:500])
+    monkeypatch.setattr(evaluate, "dci", small)
+    result = evaluate.held_out(run, z, y)
+    assert result["unseen"]["images"] == unseen.sum() and result["seen"]["images"] == 5000
+    assert result["seen"]["floor_hue"] > 0.95 and result["unseen"]["floor_hue"] < 0.3
+    assert result["unseen"]["wall_hue"] < 0.3 and result["seen"]["mse"] > 0
+    assert "unseen images: images" in capsys.readouterr().out

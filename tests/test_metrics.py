@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.ensemble import GradientBoostingClassifier
+from sklearn.metrics import mutual_info_score, roc_auc_score
 
 import evaluate
 from encoder import principal_directions
@@ -66,7 +67,7 @@ def test_dci_of_known_codes():
     assert np.allclose(one_to_one["importance"].sum(0), 1)
     permuted = dci(z[:, [2, 0, 1]], y, z_test[:, [2, 0, 1]], y_test)
     for name in ("disentanglement", "completeness", "informativeness_test"):
-        assert abs(permuted[name] - one_to_one[name]) < 0.005       # not 0: of equal splits the first code's wins
+        assert abs(permuted[name] - one_to_one[name]) < 0.005       # not 0: of equal splits lots decide
     noise = dci(rng.standard_normal((600, 5)), y, rng.standard_normal((300, 5)), y_test)
     assert noise["disentanglement"] < 0.1 and noise["completeness"] < 0.1
     assert abs(noise["informativeness_test"] - np.mean([1 / s for s in SIZES])) < 0.1
@@ -91,7 +92,10 @@ def test_dead_and_duplicate_codes():
     more = lambda z: np.concatenate([np.zeros((len(z), 1)), z, z[:, :1]], 1)            # dead, the three, a copy
     scores = dci(more(z), y, more(z_test), y_test)
     assert scores["disentanglement"] > 0.97 and not scores["importance"][0].any()
-    assert scores["importance"][1, 0] > 0.99 and scores["importance"][4, 0] == 0        # the first of two takes all
+    first, copy = scores["importance"][[1, 4], 0]
+    assert first + copy > 0.99 and min(first, copy) > 0.3           # they draw lots, as in scikit-learn
+    theirs = GradientBoostingClassifier(random_state=0).fit(more(z), y[:, 0]).feature_importances_
+    assert min(theirs[[1, 4]]) > 0.3
 
 
 # ---- FactorVAE score, beta-VAE score, MIG against their definitions --------------------------------
@@ -186,6 +190,35 @@ def test_mig_of_known_codes():
     assert mig(z, y) > 0.95
     assert mig(z[:, [0, 0, 1, 1, 2, 2]], y) < 1e-9                  # everything twice: no gap
     assert mig(np.random.default_rng(0).standard_normal((5000, 4)), y) < 0.02
+
+
+# ---- TAD ------------------------------------------------------------------------------------------
+
+def attributes(n=4000, seed=0):
+    """Five attributes: three free ones, a copy of the first with errors, and one that no code tells; and 4 codes."""
+    rng = np.random.default_rng(seed)
+    a = (rng.random((n, 5)) < [0.5, 0.3, 0.2, 0.5, 0.5]).astype(int)
+    a[:, 3] = np.where(rng.random(n) < 0.02, 1 - a[:, 0], a[:, 0])
+    z = a[:, [0, 1, 2, 2]] + np.array([1.0, 0.5, 0.7, 1.5]) * rng.standard_normal((n, 4))
+    return z, a
+
+
+def test_tad_is_its_definition():
+    """Yeats et al. 2022, with scikit-learn's areas and informations."""
+    z, a = attributes()
+    z[:, 3] = np.round(z[:, 3])                                     # ties
+    z[:, 0] *= -1                                                   # a detector turned round
+    total, counted = 0.0, []
+    for k in range(5):
+        areas = sorted(max(roc_auc_score(a[:, k], z[:, n]), 1 - roc_auc_score(a[:, k], z[:, n])) for n in range(4))
+        H = mutual_info_score(a[:, k], a[:, k])
+        told = max(mutual_info_score(a[:, k], a[:, j]) / H for j in range(5) if j != k)
+        if areas[-1] >= 0.75 and told <= 0.2:
+            total, counted = total + areas[-1] - areas[-2], [*counted, k]
+    scores = evaluate.tad(z, a)
+    assert counted == [1, 2]                                        # 0 and 3 tell each other, 4 is told by no code
+    assert scores["tad"] == pytest.approx(total) and scores["attributes"] == 2
+    assert evaluate.tad(z, a, most=1.0)["attributes"] == 4
 
 
 # ---- the rest -------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ SMALL = ("--vae-steps 12 --steps 30 --batch-size 8 --vae-batch-size 8 --channels
 def quick(monkeypatch):
     """Latents of few images, a log line every 4 steps, no scores: what is tested here is training."""
     monkeypatch.setattr(train, "LOG_EVERY", 4)
-    monkeypatch.setattr(train, "open_dataset", lambda path=None: Few())
+    monkeypatch.setattr(train, "open_dataset", lambda *args: Few())
     monkeypatch.setattr(train, "score_run", lambda out, device: None)
 
 
@@ -117,7 +117,7 @@ def test_a_stopped_run_resumes_bit_for_bit(quick, tmp_path, monkeypatch, stage, 
 def test_kill_9_and_resume(tmp_path):
     """The same with a real process that is killed at some moment after its first checkpoint."""
     code = ("import sys; sys.path[:0] = [{root!r}, {tests!r}]; import train, test_train; train.LOG_EVERY = 3; "
-            "train.open_dataset = lambda path=None: test_train.Few(); train.score_run = lambda out, device: None; "
+            "train.open_dataset = lambda *args: test_train.Few(); train.score_run = lambda out, device: None; "
             "train.main(sys.argv[1:])").format(root=str(ROOT), tests=str(ROOT / "tests"))
 
     def start(*flags):
@@ -168,9 +168,36 @@ def test_first_stage_of_another_run(quick, tmp_path):
     assert not same(weights(first), weights(second))
     with pytest.raises(ValueError, match="--first-stage kl, not vq"):
         train.main([*SMALL, "--first-stage", "vq", "--vae", str(first), "--out", str(tmp_path / "third")])
-    with pytest.raises(ValueError, match="--data .built-in world., not other.h5"):
+    with pytest.raises(ValueError, match="--data .none., not other.h5"):
         train.main([*SMALL, "--data", "other.h5", "--vae", str(first), "--out", str(tmp_path / "third")])
+    with pytest.raises(ValueError, match="--holdout 0.0, not 0.1|--holdout .none., not 0.1"):
+        train.main([*SMALL, "--holdout", "0.1", "--vae", str(first), "--out", str(tmp_path / "third")])
     assert not (tmp_path / "third").exists()
+
+
+def test_held_out_images_are_never_seen(tmp_path, monkeypatch, world):
+    """With combinations and with a share: every image that training asks for is one that it may see."""
+    asked = []
+
+    class Watched:
+        name, factor_names, factor_sizes = "watched", world.factor_names, world.factor_sizes
+        __len__ = lambda self: len(world)
+
+        def images(self, index):
+            asked.extend(torch.as_tensor(index).tolist())
+            return world.images(index)
+
+    monkeypatch.setattr(train, "open_dataset", lambda *args: Watched())
+    monkeypatch.setattr(train, "score_run", lambda out, device: None)
+    train.main([*SMALL, "--holdout", "0.4", "--holdout-factors", "floor_hue=3,shape=1;scale=0", "--first-stage", "vq",
+                "--out", str(tmp_path / "run")])
+    factors = world.factors(asked)
+    assert len(asked) > 300 and not ((factors[:, 0] == 3) & (factors[:, 4] == 1)).any() and factors[:, 3].min() == 1
+    seen, unseen = train.hold_out(world, 0.4, "floor_hue=3,shape=1;scale=0")
+    assert not set(asked) & set(unseen.tolist()) and len(seen) + len(unseen) == len(world)
+    with pytest.raises(ValueError, match="colour=3"):
+        train.main([*SMALL, "--holdout-factors", "colour=3", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(quick, tmp_path, monkeypatch):
@@ -248,7 +275,11 @@ def test_learning_rate():
 def test_log_drops_what_lies_beyond_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 5)
     one, s = torch.tensor(1.0), Settings(checkpoint_minutes=1e6)
-    start = lambda: train.Progress(s, tmp_path, "tokens", "model.pt", 20, 4, torch.device("cpu"))
+    def start():
+        progress = train.Progress(s, tmp_path, "tokens", "model.pt", 20, 4, torch.device("cpu"))
+        progress.begin()
+        return progress
+
     progress = start()
     for step in range(12):
         progress.after_step(one / (step + 1), one)
