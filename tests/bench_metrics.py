@@ -1,6 +1,6 @@
 """Agreement and speed of evaluate.py's DCI against scikit-learn's, in the full protocol. Run by hand:
 
-    python tests/bench_metrics.py [FILE.npz ...]        # arrays z and y of real codes may be added
+    python tests/bench_metrics.py [RUN ...]             # the codes of finished runs may be added
 
 Ten thousand training and five thousand test points, 20 codes, the six factors of 3D Shapes. Prints a table and
 writes it to .github/results/bench_metrics.json; rows that are there are not measured again (delete the file for that).
@@ -16,7 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import dci, entropy                                   # noqa: E402
+from evaluate import Run, dci, entropy                                   # noqa: E402
 
 SIZES, N, TRAIN, TEST = (10, 10, 10, 8, 4, 15), 20, 10000, 5000
 RESULTS = ROOT / ".github/results/bench_metrics.json"
@@ -26,9 +26,9 @@ NAMES = ("disentanglement", "completeness", "informativeness_test")
 def cases():
     """Name -> codes z (15,000, 20) of factors y (15,000, 6)."""
     for path in sys.argv[1:]:
-        with np.load(path) as file:
-            rows = np.random.default_rng(0).choice(len(file["z"]), TRAIN + TEST, replace=False)
-            yield Path(path).stem.replace("-", " "), file["y"][rows], file["z"][rows]
+        z, y = Run(path).codes()
+        rows = np.random.default_rng(0).choice(len(z), TRAIN + TEST, replace=False)
+        yield f"run {Path(path).name}", y[rows], z[rows]
     rng = np.random.default_rng(0)
     y = np.stack([rng.integers(0, size, TRAIN + TEST) for size in SIZES], 1)
     f = (y - (np.array(SIZES) - 1) / 2) / (np.array(SIZES) / 3.46)                      # unit variance
