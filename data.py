@@ -170,7 +170,7 @@ def camera(degrees):
 
 
 def cast_room(o, d):
-    """How much of each surface's colour every ray shows, (R, 4): floor, wall, object, sky; and floor points."""
+    """The share of each surface (floor, wall, object, sky) in every ray, (R, 4); who sees floor, (R,); where."""
     weights, nearest_hit = np.zeros((len(d), 4)), np.full(len(d), np.inf)
     weights[:, 3] = 1                                               # sky, until something is in front of it
     for (axis, sign), shade in zip(((1, 1), (0, -1), (0, 1)), WALL_SHADES):
@@ -281,7 +281,8 @@ class Unpacked(Dataset):
         with whole(self.copy) as temporary:
             self.copy.parent.mkdir(parents=True, exist_ok=True)
             for old in self.copy.parent.iterdir():                  # of what the source was, or of a killed process
-                if re.fullmatch(ours, old.name) and (old.suffix == ".npy" or time.time() - old.stat().st_mtime > 60):
+                mine = re.fullmatch(ours, old.name) and old != self.copy
+                if mine and (old.suffix == ".npy" or time.time() - old.stat().st_mtime > 60):
                     old.unlink()
             size, free = math.prod(shape) + shape[0], shutil.disk_usage(self.copy.parent).free
             if free < 1.02 * size:
@@ -341,7 +342,7 @@ def read_hdf5(path):
         images = file["images"]
         if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
             raise ValueError(f"`images` must be (n, 64, 64, 3) uint8, not {images.shape} {images.dtype}")
-        sizes = factor_sizes_of(file["labels"][:], len(images))
+        sizes = tuple(size for size in factor_sizes_of(file["labels"][:], len(images)) if size > 1)
         ours, theirs = file.attrs.get("source") == SOURCE, sizes == FACTORS["shapes3d"][1]
         yield ("shapes3d" if ours or theirs else "a file with other factors", [path], images.shape,
                "built-in world" if ours else TITLES["shapes3d"] if theirs else path.stem,

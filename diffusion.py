@@ -6,7 +6,8 @@ knows about tokens or networks: wherever a network is needed, the caller passes 
 `denoise(x_t, t) -> eps`, for example `lambda x, t: unet(x, t, tokens)`. Left out: learned variances
 and other prediction targets than eps, which EncDiff does not use.
 
-Exports: beta_schedule, Diffusion, Reconstruction (the paper's ablation without diffusion), ema_decay, update_ema.
+Exports: SCHEDULES, LOSSES, beta_schedule, Diffusion, Reconstruction (the paper's ablation without diffusion),
+ema_decay, update_ema.
 
 Letters (the papers'):  T steps, t in 0..T-1 (the papers count 1..T: our t is their t - 1), beta_t,
 alpha_t = 1 - beta_t, abar_t = product of alpha up to t, x_0 clean latent, x_t noisy latent, eps the
@@ -83,11 +84,17 @@ class Diffusion(nn.Module):
         return at(self.sqrt_abar, t, x_0) * x_0 + at(self.sqrt_1m_abar, t, x_0) * eps
 
     def predict_x0(self, x_t, t, eps):
-        """q_sample solved for x_0: the clean latent that the noise prediction eps implies."""
+        """q_sample solved for x_0: the clean latent that the noise prediction eps implies.
+
+        x_t, eps: (B, C, H, W); t: (B,) int64 in 0..T-1. Returns like x_t.
+        """
         return (x_t - at(self.sqrt_1m_abar, t, x_t) * eps) / at(self.sqrt_abar, t, x_t)
 
     def posterior(self, x_0, x_t, t):
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM equations 6, 7)."""
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM equations 6, 7).
+
+        x_0, x_t: (B, C, H, W); t: (B,) int64 in 0..T-1.
+        """
         mean = at(self.posterior_x0, t, x_t) * x_0 + at(self.posterior_xt, t, x_t) * x_t
         return mean, at(self.posterior_variance, t, x_t)
 
@@ -119,14 +126,18 @@ class Diffusion(nn.Module):
     # ---- samplers: x_T -> x_0, both are loops over one step ---------------------------------------
 
     def ddpm_step(self, x_t, t, eps, noise):
-        """x_{t-1} by ancestral sampling (DDPM algorithm 2, line 4): posterior of the predicted x_0."""
+        """x_{t-1} by ancestral sampling (DDPM algorithm 2, line 4): posterior of the predicted x_0.
+
+        x_t, eps (predicted), noise (standard normal): (B, C, H, W); t: (B,) int64 in 0..T-1. Returns like x_t.
+        """
         mean, variance = self.posterior(self.predict_x0(x_t, t, eps), x_t, t)
         return mean + variance.sqrt() * noise                       # the variance is 0 at t = 0
 
     def ddim_step(self, x_t, t, t_next, eps, noise, eta):
         """x at the lower level t_next (-1: clean) from x_t (DDIM equation 12; its sigma, equation 16).
 
-        t, t_next: (B,) int64, t_next < t. eta 0: no noise is added; 1: DDPM's variance.
+        t, t_next: (B,) int64, t_next < t. eta 0: no noise is added; 1: DDPM's variance. The DDIM paper writes
+        alpha_t for what is abar_t here (and in DDPM); its t - 1 is t_next.
         """
         abar = at(self.abar, t, x_t)                                            # (B, 1, 1, 1)
         abar_next = torch.where(view(t_next, x_t) < 0, 1.0, at(self.abar, t_next.clamp(min=0), x_t))
@@ -148,8 +159,9 @@ class Diffusion(nn.Module):
         """DDIM over `steps` of the T noise levels. x_T: (B, C, H, W) standard normal. Returns x_0, like x_T.
 
         eta: 0 (deterministic) to 1 (over all T levels: the same as ddpm_sample). The levels are evenly spaced
-        from 0 up, as in latent diffusion, which stays clear of the last: with the cosine schedule abar is so
-        small there that x_0 could not be told from the noise prediction.
+        from 0 up (latent diffusion's from 1), so that the highest, T - T / steps, stays clear of the last: with
+        the cosine schedule abar is so small there that x_0 could not be told from the noise prediction. Few
+        steps therefore start low; one step is at level 0.
         """
         if not 1 <= steps <= self.steps:
             raise ValueError(f"DDIM can take 1 to {self.steps} steps of this schedule, not {steps}")
@@ -216,7 +228,10 @@ def normal_like(x, generator=None):
 
 
 def ema_decay(n, limit=0.9999):
-    """Decay of the exponential moving average at its n-th update: a short memory early, `limit` later."""
+    """Decay of the moving average at its n-th update, n = 1, 2, ..: a short memory early, `limit` later.
+
+    As in latent diffusion's code, which EncDiff's authors train with.
+    """
     return min(limit, (1 + n) / (10 + n))
 
 

@@ -6,7 +6,7 @@ at once), and as a third kind slot attention (Locatello et al. 2020, algorithm 1
 not use. The trunk of convolutions is shared by all three. With the defaults, the paper's Shapes3D
 setting (N = 20, D = 16), it has about 1.37 M parameters. No loss ever acts on the tokens.
 
-Exports: ConceptEncoder, principal_directions, number_coder.
+Exports: KINDS, ConceptEncoder, principal_directions, number_coder.
 
 Letters:  B batch, C channels, H, W height and width (of the trunk's map: 4x4 for 64x64 pictures),
 L = H * W places, N concept tokens, D token dimension.

@@ -7,8 +7,8 @@
 Implements the scores with the protocol of EncDiff's authors, on plain arrays, so that they can be copied; then the
 figures. Left out: FID. Exports: dci, factor_vae_score, beta_vae_score, mig, tad, Run, main.
 
-Letters:  n points (images), N codes, K factors, C classes (values of one factor), V bins of a code,
-M nodes of a tree's level, B batch, D token dimension, Z, h, w the latent's channels and sides.
+Letters:  n points (images), N codes, K factors, A attributes, C classes (values of a factor), V bins of a code, M nodes
+of a tree's level, R importance, H entropy; B batch, D token dimension, Z, h, w the latent's channels and sides.
 """
 import argparse
 import dataclasses
@@ -93,7 +93,7 @@ def best_splits(bags, residual, node, M, lots):
     table = torch.stack([residual[:, None, :] * inside, inside], dim=1)                 # (n, 2, M, C)
     below = F.embedding_bag(points, table.view(n, -1), starts, mode="sum")              # (N*V, 2 * M * C)
     below = below.view(-1, V, 2, M, C).cumsum(1)                                        # (N, V, 2, M, C)
-    total = below[0, -1]                                                                # (2, M, C)
+    total = below[0, -1]                                            # (2, M, C): all points, whichever the code
     (sum_l, n_l), (sum_r, n_r) = below.unbind(2), (total - below).unbind(2)             # (N, V, M, C) each
     decrease = sum_l ** 2 / n_l + sum_r ** 2 / n_r - total[0] ** 2 / total[1]           # nan or inf: a side is empty
     decrease = decrease.nan_to_num(0, 0, 0).clamp(min=0)                                # (N, V, M, C)
@@ -127,14 +127,13 @@ def boost(bags, index, y, C, rounds=100, depth=3, rate=0.1):
             node = 2 * node + (value > threshold.gather(0, node))                       # left 2m, right 2m + 1
         leaves = torch.zeros(2 ** depth, residual.shape[1])                             # (leaves, C)
         top = leaves.scatter_add(0, node[:n], residual)
-        bottom = leaves.scatter_add(0, node[:n], p * (1 - p))
-        step = torch.where(bottom > 1e-12, newton * top / bottom, 0)                    # one Newton step a leaf
-        scores += rate * step.gather(0, node)
+        bottom = leaves.scatter_add(0, node[:n], p * (1 - p))       # Friedman's |r| (1 - |r|), newton his (K - 1) / K
+        scores += rate * torch.where(bottom > 1e-12, newton * top / bottom, 0).gather(0, node)  # a Newton step a leaf
     return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
 
 
 def dci(z_train, y_train, z_test, y_test, V=256):
-    """Disentanglement, completeness, informativeness (Eastwood and Williams 2018, section 2).
+    """Disentanglement, completeness, informativeness (Eastwood and Williams 2018).
 
     z_train, z_test: codes (n, N) float; y_train, y_test: factors (n, K) int. Returns a dict: disentanglement,
     completeness, informativeness_train and informativeness_test (mean accuracy), all in [0, 1]; accuracy (K, of the
@@ -145,8 +144,7 @@ def dci(z_train, y_train, z_test, y_test, V=256):
     (index, bags), right, importance = bin_codes(z, n, V), [], []
     for column in torch.from_numpy(y).t():
         gain, guess = boost(bags, index, column[:n], int(column.max()) + 1)
-        importance.append(gain / gain.sum() if gain.any() else gain)
-        right.append(guess == column)
+        importance.append(gain / max(gain.sum(), 1e-300)), right.append(guess == column)
     R, right = np.stack(importance, axis=1), torch.stack(right).double()                # (N, K), (K, n + n_test)
     return dict(disentanglement=purity(R), completeness=purity(R.T), informativeness_train=right[:, :n].mean().item(),
                 informativeness_test=right[:, n:].mean().item(), accuracy=right[:, n:].mean(1).tolist(), importance=R)
@@ -166,7 +164,7 @@ def partners(y, first, rng):
 
 
 def factor_vae_score(z, y, seed=0, votes=(10000, 5000), batch=64, points=10000, least=0.05):
-    """FactorVAE score (Kim and Mnih 2018, section 4). z: codes (n, N) float; y: factors (n, K) int.
+    """FactorVAE score (Kim and Mnih 2018). z: codes (n, N) float; y: factors (n, K) int.
 
     A vote: `batch` rows that share one factor's value elect the code that varies least among them, relative to its
     standard deviation over `points` rows, which must be `least` or more. votes: how many learn which factor each code
@@ -187,7 +185,7 @@ def factor_vae_score(z, y, seed=0, votes=(10000, 5000), batch=64, points=10000, 
 
 
 def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
-    """beta-VAE score (Higgins et al. 2017, appendix): can a linear classifier tell which factor pairs share?
+    """beta-VAE score (Higgins et al. 2017): can a linear classifier tell which factor pairs share?
 
     z: codes (n, N) float; y: factors (n, K) int. A point is the mean of |difference| over `batch` pairs, each pair
     sharing its value of one factor. Returns the accuracy on the second of `points`, [0, 1]. Raises ValueError.
@@ -197,7 +195,8 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
     first = rng.integers(len(z), size=(sum(points), batch))                             # rows, (points, batch)
     factor, second = partners(y, first, rng)                                            # (points,), (points, batch)
     x = np.abs(z[first] - z[second]).mean(1)                                            # (points, N)
-    x = (x - x[:points[0]].mean(0)) / (x[:points[0]].std(0) + 1e-12)                    # so that the penalty is fair
+    # DEVIATION: standardised, so that a code's scale does not matter; scikit-learn's classifier would get x as it is
+    x = (x - x[:points[0]].mean(0)) / (x[:points[0]].std(0) + 1e-12)                    # (points, N)
     x, target = F.pad(torch.from_numpy(x), (0, 1), value=1.0), torch.from_numpy(factor) # (points, N + 1), with a bias
     weight = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)                    # (N + 1, K)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
@@ -214,7 +213,7 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
 
 
 def mig(z, y, seed=0, points=10000, n_bins=20):
-    """Mutual information gap (Chen et al. 2018, equation 6). z: codes (n, N) float; y: factors (n, K) int.
+    """Mutual information gap (Chen et al. 2018). z: codes (n, N) float; y: factors (n, K) int.
 
     The mean over factors of the gap between the two codes that know most of it, as a share of its entropy, [0, 1];
     over `points` rows, each code cut into n_bins equally wide bins. Raises ValueError.
@@ -249,22 +248,23 @@ def tad(z, y, seed=0, least=0.75, most=0.2):
     under the ROC curve of `least` or more, and of whose entropy no other attribute tells more than the share `most`.
     Returns tad, 0 or more, and attributes, how many were counted. Exact, by ranks; no draws, so no seed is used.
     """
-    z, a = checked(z, y)
-    n, n_1 = len(a), a.sum(0)                                                           # (A,)
+    z, a = checked(z, y[:, (y != y[:1]).any(0)])                    # an attribute of one value tells nothing
+    if a.max() > 1:
+        raise ValueError("TAD is of attributes of 0 and 1, and there are factors of more values: see --metrics")
+    n, n_1 = len(a), a.sum(0)                                       # n_1 (A,): how many are 1
     rank = [(np.searchsorted(code, z[:, k]) + np.searchsorted(code, z[:, k], "right") + 1) / 2      # ties share a rank
             for k, code in enumerate(np.sort(z, axis=0).T)]                             # N of (n,)
-    area = (np.stack(rank) @ a - n_1 * (n_1 + 1) / 2) / (n_1 * (n - n_1))               # (N, A)
+    area = (np.stack(rank) @ a - n_1 * (n_1 + 1) / 2) / (n_1 * (n - n_1))               # (N, A), by the sum of ranks
     second, best = np.sort(np.vstack([np.maximum(area, 1 - area), np.full(a.shape[1], 0.5)]), axis=0)[-2:]
     both = np.stack([x.T @ w for x in (a, 1 - a) for w in (a, 1 - a)], axis=-1)         # (A, A, 4)
     H = entropy(np.stack([n_1, n - n_1], axis=1))                                       # (A,)
-    told = H[:, None] + H - entropy(both.reshape(-1, 4)).reshape(len(H), -1)            # (A, A), mutual information
-    np.fill_diagonal(told, 0)
+    told = (H[:, None] + H - entropy(both.reshape(-1, 4)).reshape(len(H), -1)) * (1 - np.eye(len(H)))   # (A, A)
     counted = (best >= least) & (told.max(1) <= most * H)                               # (A,)
     return dict(tad=float((best - second)[counted].sum()), attributes=int(counted.sum()))
 
 
 METRICS = {"factor_vae": factor_vae_score, "dci": dci_scores, "mig": mig, "beta_vae": beta_vae_score, "tad": tad}
-USUAL = ["factor_vae", "dci", "mig", "beta_vae"]                    # where factors are known
+USUAL = ["dci", "factor_vae", "mig", "beta_vae"]                    # where factors are known; DCI needs 15,000 points
 PSNR_IMAGES, DDIM_STEPS, ETA = 256, 50, 0.0
 
 
@@ -291,7 +291,7 @@ class Run:
         self.folder = Path(folder) / f"on-{Path(data).stem}" if data else Path(folder)  # where results go
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
         self.seconds = max([x["seconds"] for x in train.read_log(folder) if x["stage"] == "tokens"], default=0.0)
-        self.ds = open_dataset(data) if data else train.open_data(self.settings)
+        self.ds = open_dataset(data, self.settings.cache or None) if data else train.open_data(self.settings)
         self.folder.mkdir(exist_ok=True)
         self.diffusion = train.build_diffusion(self.settings).to(self.device)
         self.images = lambda index: self.ds.images(index).to(self.device)               # (B,) -> (B, 3, 64, 64)
@@ -406,14 +406,15 @@ def reconstruction(run):
 
 
 def token_names(run):
-    """All tokens, ordered by the factor that they follow, idle ones last; how many are not idle; a name for each."""
-    N = run.settings.tokens
-    if run.importance is None:                                      # data without factors
-        return list(range(N)), N, [f"token {n}" for n in range(N)]
+    """All tokens, ordered by the factor they follow, idle ones (importance < 0.02) last; those not idle; all names."""
+    order = list(range(run.settings.tokens))
+    if run.importance is None:                                      # no factors, or no DCI
+        return order, order, [f"token {n}" for n in order]
     factor, weight = np.argmax(run.importance, 1), np.max(run.importance, 1)            # (N,) each
     names = [f"token {n}: {run.ds.factor_names[factor[n]].replace('_', ' ')} {w:.2f}" if w >= 0.02
              else f"token {n}: idle" for n, w in enumerate(weight)]
-    return np.lexsort((-weight, factor, weight < 0.02)).tolist(), int((weight >= 0.02).sum()), names
+    order = np.lexsort((-weight, factor, weight < 0.02)).tolist()
+    return order, order[:(weight >= 0.02).sum()], names
 
 
 def swap(run, columns=8):
@@ -423,7 +424,7 @@ def swap(run, columns=8):
         differ = (run.ds.factors(index) != run.ds.factors(index[:1])).all(1).numpy()
         index = np.concatenate([index[:1], index[differ]])
     images = run.images(index[:columns + 1])                                            # the target first
-    target, sources = run.encoder(images).split([1, columns])                           # (1, N, D), (columns, N, D)
+    target, sources = run.encoder(images).split([1, columns := len(images) - 1])        # (1, N, D), (columns, N, D)
     order, _, names = token_names(run)
     edits = sources.repeat(1 + len(names), 1, 1, 1)                                     # (1 + N, columns, N, D)
     edits[range(1, 1 + len(names)), :, order] = target[0, order, None]                  # row by row one token's
@@ -434,11 +435,9 @@ def swap(run, columns=8):
 
 def traversal(run, columns=9):
     """One row a used token: its scalar goes from the 1st to the 99th percentile over the data; also as a GIF."""
-    order, live, names = token_names(run)
-    used = order[:live]
+    _, used, names = token_names(run)
     z = torch.from_numpy(np.quantile(run.codes()[0][:, used], np.linspace(0.01, 0.99, columns), axis=0)).float()
-    base = run.encoder.scalars(run.images(run.rows(1, seed=3)))                         # (1, N)
-    edits = base.repeat(len(used), columns, 1)                                          # (rows, columns, N)
+    edits = run.encoder.scalars(run.images(run.rows(1, seed=3))).repeat(len(used), columns, 1)  # (rows, columns, N)
     edits[range(len(used)), :, used] = z.t().to(edits)
     pictures = run.decode(run.encoder.tokens_of(edits.flatten(0, 1)), "traversal").unflatten(0, (-1, columns))
     sheet = lambda columns: grid(pictures[:, columns], [names[n] for n in used])
@@ -457,13 +456,12 @@ def attention(run, count=3):
         run.unet(run.diffusion.q_sample(x_0, t, run.noise(x_0.shape)), t, tokens, maps)
         shares.append(attention_pictures(maps, images.shape[-1]).unflatten(0, (count, 9)).mean(1))
     shares = torch.cat(shares).transpose(0, 1)[:, :, None]                              # (N, 3 count, 1, 64, 64)
-    order, live, names = token_names(run)
+    _, used, names = token_names(run)
     red = torch.tensor([1.0, -0.6, -1.0], device=run.device)[:, None, None]             # (3, 1, 1)
     grey = (0.5 * images.mean(1, keepdim=True) + 0.3).repeat(3, 3, 1, 1)                # (3 count, 3, 64, 64)
-    rows = [torch.lerp(grey, red, 0.8 * shares[n] / shares[n].max()) for n in order[:live]]
-    note = "early, middle and late in sampling (t from 999, 666, 333 down); each row has its own scale"
-    sheet = grid([images.repeat(3, 1, 1, 1), *rows], ["picture", *(names[n] for n in order[:live])], [note])
-    sheet.save(run.folder / "attention.png")
+    rows = [images.repeat(3, 1, 1, 1), *(torch.lerp(grey, red, 0.8 * shares[n] / shares[n].max()) for n in used)]
+    note = "early, middle and late in sampling (t 667 to 963, 333 to 629, 0 to 296); each row has its own scale"
+    grid(rows, ["picture", *(names[n] for n in used)], [note]).save(run.folder / "attention.png")
 
 
 def bottleneck(run):
@@ -491,8 +489,8 @@ def when(run):
                      for t in tqdm(range(25, 1000, 50), desc="when", leave=False)], 1)  # (N, levels)
     (order, _, names), top, colour = token_names(run), rise.max(), COLOURS[run.settings.schedule]
     sheet, height = Canvas(700, 240 + 18 * len(names)), 18 * len(names)
-    sheet.axes((190, 30, 480, 110), [], [("0", 0), (f"{kl.max():.1f}", 1)],
-               title=f"bottleneck: KL per dimension, {run.settings.schedule}", curves=[(kl / kl.max(), colour)])
+    sheet.axes((190, 30, 480, 110), [], [("0", 0), (f"{kl.max():.1f}", 1)], "",
+               f"bottleneck: KL per dimension, {run.settings.schedule}", [(kl / kl.max(), colour)])
     shade = 255 - np.clip(rise[order] / top, 0, 1)[..., None] * np.array([235, 185, 115])       # white to dark blue
     sheet.image.paste(Image.fromarray(shade.round().astype(np.uint8)).resize((480, height), Image.NEAREST), (190, 190))
     sheet.axes((190, 190, 480, height), T_TICKS, [(names[n], 1 - (i + 0.5) / len(order)) for i, n in enumerate(order)],
@@ -516,25 +514,26 @@ def table(results):
     differ, lines = [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)], {}
     for r, s in zip(results, settings):
         lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append({**r, **r["scores"]})
-    columns, width = [c for c in COLUMNS if c in {**results[0], **results[0]["scores"]}], max(map(len, lines))
+    columns, width = [c for c in COLUMNS if any(c in {**r, **r["scores"]} for r in results)], max(map(len, lines))
     print(f"{'':{width}}  runs", *(f"{COLUMNS[c]:>16}" for c in columns))
     for key, rows in lines.items():
-        values = np.array([[row[c] for c in columns] for row in rows], dtype=float)     # (seeds, columns)
-        moments = zip(values.mean(0), values.std(0, ddof=len(values) > 1))
-        print(f"{key:{width}}  {len(rows):4}", *(f"{f'{m:.{3 * (m < 1000)}f}' + (f' +- {v:.3f}' if v else ''):>16}"
-                                                 for m, v in moments))
+        values = np.array([[row.get(c, math.nan) for c in columns] for row in rows], dtype=float)       # (seeds, ..)
+        means = [f"{mean:.3f}" if mean < 1000 else f"{mean:.0f}" for mean in values.mean(0)]
+        spreads = [f" +- {s:.3f}" if s else "" for s in values.std(0, ddof=min(1, len(rows) - 1))]
+        print(f"{key:{width}}  {len(rows):4}", *(f"{mean + spread:>16}" for mean, spread in zip(means, spreads)))
 
 
 def held_out(run, z, y):
     """MSE of rebuilding, and accuracy of trees that learned from seen codes, of seen and unseen images apart."""
     parts, result = hold_out(run.ds, run.settings.holdout, run.settings.holdout_factors), {}
     seen, unseen = (np.random.default_rng(0).permutation(np.flatnonzero(np.isin(run.index, part))) for part in parts)
-    for name, rows in (("seen", seen[10000:15000]), ("unseen", unseen[:5000])):
+    n = min(10000, 2 * len(seen) // 3)                              # seen images from which the trees learn
+    for name, rows in (("seen", seen[n:n + 5000]), ("unseen", unseen[:5000])):
         images = run.images(run.index[rows[:PSNR_IMAGES]])                              # (B, 3, 64, 64)
         rebuilt = run.decode(run.encoder(images), name)                                 # (B, 3, 64, 64)
         result[name] = dict(images=len(rows), mse=(rebuilt - images).square().mean().item() / 4)
         if run.ds.factor_names:
-            accuracy = dci(z[seen[:10000]], y[seen[:10000]], z[rows], y[rows])["accuracy"]
+            accuracy = dci(z[seen[:n]], y[seen[:n]], z[rows], y[rows])["accuracy"]
             result[name].update(zip(run.ds.factor_names, accuracy))
         print(f"{name} images:", *(f"{key} {value:.4g}" for key, value in result[name].items()))
     return result
@@ -544,9 +543,10 @@ def score_run(run, metrics):
     """Scores a run, draws reconstruction.png and swap.png, writes scores.json; returns what that holds."""
     started, file = time.monotonic(), run.folder / "scores.json"
     old = json.loads(file.read_text()) if file.exists() else {}
-    old = old if old.get("step") == run.step else {}                # what is not measured now stays
     z, y = run.codes()
-    usual = USUAL if run.ds.factor_names else ["tad"] if run.ds.attribute_names else []
+    if [old.get(k) for k in ("step", "images", "data")] != [run.step, len(z), run.ds.name]:
+        old = {}                                                    # otherwise what is not measured now stays
+    usual = USUAL[len(z) < 15000:] if run.ds.factor_names else ["tad"] if run.ds.attribute_names else []
     scores, protocol, seconds = score_codes(z, y, metrics or usual, run.settings.seed)
     run.importance = scores.get("importance", old.get("scores", {}).get("importance"))
     scores.update(reconstruction(run)), swap(run)
@@ -557,9 +557,9 @@ def score_run(run, metrics):
                   **{key: {**old.get(key, {}), **new[key]} for key in new}, minutes=round(run.seconds / 60, 2),
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
                   settings=dataclasses.asdict(run.settings))
-    if (run.settings.holdout or run.settings.holdout_factors) and not run.data:
-        result["held_out"] = held_out(run, z, y)
     train.write_json(file, result)
+    if (run.settings.holdout or run.settings.holdout_factors) and not run.data:
+        train.write_json(file, {**result, "held_out": held_out(run, z, y)})
     return result
 
 
@@ -578,9 +578,9 @@ def main(argv=None):
     results = []
     if args.codes:
         with reading(f"{args.codes} (wanted: .npz, arrays z (n, N) and y (n, K))"), np.load(args.codes) as file:
-            z, y = file["z"], file["y"]
-        scores, protocol, seconds = score_codes(z, y, args.metrics or USUAL)
-        results = [dict(data=args.codes, settings={}, scores=scores, protocol=protocol, seconds=seconds)]
+            z, y = file["z"].astype(np.float32), file["y"]
+        named = zip(("scores", "protocol", "seconds"), score_codes(z, y, args.metrics or USUAL))
+        results = [dict(data=args.codes, settings={}, **dict(named))]
     for run in (Run(folder, args.data, args.device) for folder in args.runs):
         if args.figures is None:
             results.append(score_run(run, args.metrics))

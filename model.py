@@ -12,7 +12,7 @@ Exports: UNet, CONDITIONINGS, attention_pictures, rise_of_loss. Left out of the 
 gradient checkpointing.
 
 Letters:  B batch, C channels, H, W height and width, L = H * W places, N concept tokens, D token
-dimension, h heads, d channels of a head, E width of the time embedding.
+dimension, M places or tokens that are read, h heads, d channels of a head, E width of the time embedding.
 """
 import math
 
@@ -144,7 +144,7 @@ class ResBlock(nn.Module):
         y = self.resize(F.silu(self.norm_1(x)))                                         # (B, C_in, H', W')
         y = self.conv_1(y)                                                              # (B, C, H', W')
         scale, shift = self.scale_and_shift(embedding)[:, :, None, None].chunk(2, 1)    # (B, C, 1, 1) each
-        y = torch.addcmul(shift, self.norm_2(y), 1 + scale)                             # (B, C, H', W')
+        y = torch.addcmul(shift, self.norm_2(y), 1 + scale)             # norm (1 + scale) + shift, (B, C, H', W')
         y = self.conv_2(F.silu(y))                                                      # (B, C, H', W')
         y = self.skip(self.resize(x)) + y                                               # (B, C, H', W')
         return y if self.transformer is None else self.transformer(y, tokens, maps)
@@ -179,7 +179,9 @@ class UNet(nn.Module):
         if conditioning not in CONDITIONINGS:
             raise ValueError(f"unknown conditioning {conditioning!r}: choose one of {', '.join(CONDITIONINGS)}")
         widths = [channels * m for m in multipliers]
-        for width in widths:
+        if channels % 2:
+            raise ValueError(f"channels must be even, half sines and half cosines of t, not {channels}")
+        for width in (channels, *widths):
             if width % heads or width % groups:
                 raise ValueError(f"a U-Net level of width {width} cannot be divided into {heads} heads and "
                                  f"{groups} groups: choose a width that both divide")
@@ -274,7 +276,7 @@ def rise_of_loss(unet, diffusion, x_0, tokens, eps, t):
     """How much worse the noise prediction gets when one token is another picture's: what is read of it at level t.
 
     x_0, eps: (B, C, H, W); tokens: (B, N, D), of the same pictures; t: a level, 0..T-1; diffusion: a
-    diffusion.Diffusion. Returns for each token the rise of the L1 loss, (N,), when it comes from the next picture.
+    diffusion.Diffusion. Returns for each token the rise of the L1 loss, (N,), when it comes from the previous picture.
     """
     levels, losses = torch.full((len(x_0),), t, device=x_0.device), []                  # (B,)
     for n in range(tokens.shape[1] + 1):                            # the last time, nothing is exchanged

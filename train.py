@@ -7,7 +7,7 @@
     python train.py --resume --out runs/world-small-0
 
 Every field of Settings is a flag. A run folder holds settings.json, log.jsonl (one JSON object a line),
-vae.pt (first stage), model.pt (encoder, U-Net and its average), pictures (PNG) and scores.json.
+vae.pt (first stage), model.pt (encoder, U-Net and its average), codes-STEP.npy, pictures (PNG) and scores.json.
 
 Exports: Settings, PRESETS, build_autoencoder, build_networks, build_diffusion, main.
 Letters:  B batch, Z latent channels, h, w height and width of the latent, N tokens, D token dimension.
@@ -97,7 +97,7 @@ class Settings:
     lr: float = setting(3e-3, "highest learning rate (paper: 2.56e-4)")
     betas: tuple = setting((0.9, 0.99), "of its AdamW (paper: 0.9,0.999)", low=0, high=0.9999)
     warmup: int = setting(300, "steps of linear warm-up (paper: 10000)", low=0)
-    decay: str = setting("cosine", "of both learning rates after their warm-up (paper: none)", ("cosine", "none"))
+    decay: str = setting("cosine", "of both learning rates, over all steps (paper: none)", ("cosine", "none"))
     clip: float = setting(1.0, "largest norm of the gradient; 0: any (paper: 0)", low=0)
     ema: float = setting(0.999, "limit of the U-Net average's decay (paper: 0.9999)", low=0, high=0.99999)
     score_images: int = setting(0, "images encoded for the scores, drawn at random; 0: all (paper: all)", low=0)
@@ -214,7 +214,7 @@ def choose_device(name):
 
 
 def learning_rate(step, steps, peak, warmup, decay):
-    """Linear warm-up to `peak` over `warmup` steps, then constant ("none") or a cosine down to 0 at `steps`."""
+    """Linear warm-up to `peak` over `warmup` steps; "cosine": times a half cosine from 1 at step 0 to 0 at `steps`."""
     rate = peak * min(1.0, (step + 1) / max(1, warmup))
     return rate * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))) if decay == "cosine" else rate
 
@@ -235,7 +235,7 @@ def load(path, *parts):
 
 
 def save(path, s, step, device, **parts):
-    """Writes a checkpoint of plain types: settings, step, the parts' states and the random generators' state."""
+    """Writes a checkpoint of plain types: settings, step, the parts' and the random generators' states (not MPS's)."""
     random = {"cpu": torch.get_rng_state(),
               "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
     saved = dict(settings=dataclasses.asdict(s), step=step, random=random,
@@ -355,7 +355,7 @@ def train_tokens(s, ds, rows, vae, out, device):
     encoder, unet = (part.to(device, memory_format=torch.channels_last) for part in build_networks(s))
     ema = copy.deepcopy(unet).requires_grad_(False)                 # of the U-Net alone, as in the official code
     parameters = [*encoder.parameters(), *unet.parameters()]
-    optimizer = torch.optim.AdamW(parameters, s.lr, s.betas, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(parameters, s.lr, s.betas, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
     progress = Progress(s, out, "tokens", "model.pt", s.steps, s.batch_size, device,
                         encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
     latents = encode_all(s, ds, vae, device) if progress.step < s.steps else None       # (n, Z, h, w), or None
@@ -442,7 +442,7 @@ def settle(s, resume, given):
             theirs, ours = getattr(other, name), getattr(s, name)
             if theirs != ours and (name in given or name in must):
                 raise ValueError(f"--vae {s.vae} was trained with --{flag(name)} {theirs or '(none)'}, not "
-                                 f"{ours or '(none)'}: leave this flag out, or train a first stage for it")
+                                 f"{ours or '(none)'}: give the same here, or train a first stage for this run")
         if load(Path(s.vae) / "vae.pt", "step")["step"] < other.vae_steps:
             raise ValueError(f"--vae {s.vae}: its first stage is not finished; continue that run with --resume")
         s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})

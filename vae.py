@@ -117,6 +117,10 @@ class Autoencoder(nn.Module):
             raise ValueError(f"unknown first stage {kind!r}: choose kl or vq")
         self.kind, self.kl_weight, self.commitment = kind, kl_weight, commitment
         widths = [channels * m for m in multipliers]
+        for width in widths:
+            if width % min(groups, width):
+                raise ValueError(f"an autoencoder level of width {width} cannot be cut into {groups} groups: choose a "
+                                 "multiple")
         moments = 2 * latent_channels if kind == "kl" else latent_channels              # mean and log variance
         self.encoder = build_encoder(widths, n_res_blocks, moments, patch, groups)
         self.decoder = build_decoder(widths, n_res_blocks, latent_channels, patch, groups)

@@ -97,12 +97,12 @@ def test_swapping_a_picture_with_itself_changes_nothing(run):
 
 
 def test_rows_are_ordered_and_named_by_factor(run):
-    order, live, names = evaluate.token_names(run)
-    assert (order, live) == ([1, 3, 0, 4, 2], 4)
+    order, used, names = evaluate.token_names(run)
+    assert (order, used) == ([1, 3, 0, 4, 2], [1, 3, 0, 4])
     assert names == ["token 0: wall hue 0.90", "token 1: floor hue 0.80", "token 2: idle", "token 3: floor hue 0.20",
                      "token 4: scale 0.50"]
     run.importance = None
-    assert evaluate.token_names(run) == ([0, 1, 2, 3, 4], 5, [f"token {n}" for n in range(N)])
+    assert evaluate.token_names(run) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [f"token {n}" for n in range(N)])
 
 
 def test_traversal(run):
@@ -212,6 +212,8 @@ def test_runs_of_one_setting_share_a_line(capsys):
     assert head.split() == ["runs", "FactorVAE", "DCI", "D"]
     assert first.split() == "built-in world, steps 10 2 0.850 +- 0.071 0.425 +- 0.035".split()
     assert second.split() == "built-in world, steps 20 1 1.000 0.500".split()
+    evaluate.table([result(0, 10, 0.8), result(0, 20, 1.0) | {"scores": {"tad": 0.3, "factor_vae": 0.9}}])
+    assert "nan" in capsys.readouterr().out                         # what one run has and the other has not
 
 
 def test_figures_that_a_run_cannot_have_are_refused_or_left_out(run, monkeypatch):
@@ -252,3 +254,25 @@ def test_held_out_images_are_scored_apart(run, monkeypatch, world, capsys):
     assert result["seen"]["floor_hue"] > 0.95 and result["unseen"]["floor_hue"] < 0.3
     assert result["unseen"]["wall_hue"] < 0.3 and result["seen"]["mse"] > 0
     assert "unseen images: images" in capsys.readouterr().out
+
+
+def test_scores_of_data_without_factors(run, world, capsys):
+    """Images alone get the pictures; with attributes, TAD too; and nothing asks for factors."""
+    class Plain:
+        name, factor_names, factor_sizes, attribute_names, attributes = "plain", (), (), (), None
+        __len__ = lambda self: 300
+        images = lambda self, index: world.images(np.asarray(index) * 1000)
+
+    run.ds, run.importance = Plain(), None
+    del run.codes                                                   # the fixture's
+    scores = evaluate.score_run(run, None)["scores"]
+    assert set(scores) == {"mse", "psnr"} and (run.folder / "swap.png").exists()
+    assert np.load(run.folder / "codes-7.npy").shape == (300, N)
+    run.ds.attribute_names, run.ds.attributes = ("a", "b"), np.arange(600).reshape(300, 2) % 3 % 2
+    result = evaluate.score_run(run, None)
+    assert set(result["scores"]) == {"mse", "psnr", "tad", "attributes"}
+    evaluate.table([result])
+    assert "TAD" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="factors"):
+        run.ds.attribute_names = ()
+        evaluate.score_run(run, ["dci"])

@@ -219,6 +219,10 @@ def test_tad_is_its_definition():
     assert counted == [1, 2]                                        # 0 and 3 tell each other, 4 is told by no code
     assert scores["tad"] == pytest.approx(total) and scores["attributes"] == 2
     assert evaluate.tad(z, a, most=1.0)["attributes"] == 4
+    with_constant = np.concatenate([a, np.ones((len(a), 1), int)], 1)                   # counts as told by no code
+    assert evaluate.tad(z, with_constant) == scores
+    with pytest.raises(ValueError, match="attributes of 0 and 1"):
+        evaluate.tad(z, a + a[:, ::-1])
 
 
 # ---- the rest -------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def quick(monkeypatch):
 
 class Few:
     """A data set of 40 random pictures."""
-    name = "few"
+    name, factor_names, factor_sizes = "few", (), ()
 
     def __len__(self):
         return 40
@@ -128,7 +128,7 @@ def test_kill_9_and_resume(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(*flags, "--out", str(whole)).wait() == 0
     process = start(*flags, "--out", str(killed))
-    while not (killed / "model.pt").exists():
+    while process.poll() is None and not (killed / "model.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
