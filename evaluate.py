@@ -144,7 +144,7 @@ def dci(z_train, y_train, z_test, y_test, V=256):
     (index, bags), right, importance = bin_codes(z, n, V), [], []
     for column in torch.from_numpy(y).t():
         gain, guess = boost(bags, index, column[:n], int(column.max()) + 1)
-        importance.append(gain / max(gain.sum(), 1e-300)), right.append(guess == column)
+        importance.append(gain / max(gain.sum(), 1e-30)), right.append(guess == column)
     R, right = np.stack(importance, axis=1), torch.stack(right).double()                # (N, K), (K, n + n_test)
     return dict(disentanglement=purity(R), completeness=purity(R.T), informativeness_train=right[:, :n].mean().item(),
                 informativeness_test=right[:, n:].mean().item(), accuracy=right[:, n:].mean(1).tolist(), importance=R)

@@ -158,8 +158,6 @@ def check(s):
         raise ValueError(f"--betas {s.betas}, --vae-betas {s.vae_betas}: give two numbers each, such as 0.9,0.99")
     if s.attention_levels > len(s.multipliers):
         raise ValueError(f"--attention-levels {s.attention_levels}: the U-Net has only {len(s.multipliers)} levels")
-    if s.channels % 2:
-        raise ValueError(f"--channels must be even (half sines, half cosines of t), not {s.channels}")
     if 0 < s.score_images < 15000:
         raise ValueError(f"--score-images must be 0 (all) or at least 15000, as DCI needs, not {s.score_images}")
     if 64 % (factor := s.patch * 2 ** (len(s.vae_multipliers) - 1)):

@@ -242,7 +242,7 @@ def test_damaged_and_missing_checkpoints(tmp_path):
                                          ("--lr 0", "--lr"), ("--patch 3", "--patch 3"), ("--ema 1", "--ema"),
                                          ("--device quantum", "quantum"), ("--multipliers 1,2,2,2,2", "5 levels cannot halve 8x8"),
                                          ("--lr nan", "--lr"), ("--attention-levels 3", "--attention-levels 3"), ("--vae-betas 0.9", "--vae-betas"),
-                                         ("--channels 33", "--channels"), ("--multipliers 1.5,2", "--multipliers"), ("--encoder-strides 3,2", "strides")])
+                                         ("--channels 33", "channels must be even"), ("--multipliers 1.5,2", "--multipliers"), ("--encoder-strides 3,2", "strides")])
 def test_impossible_values_write_nothing(quick, tmp_path, flags, word):
     with pytest.raises(ValueError, match=word):
         train.main([*SMALL, *flags.split(), "--out", str(tmp_path / "run")])
