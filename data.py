@@ -187,8 +187,7 @@ def cast_room(o, d):
 
 def render(scale, shape, room):
     """One geometry: weights (H * W, 4) of floor, wall, object and sky. `room`: camera and cast_room's answer."""
-    o, d, weights, floor, points = room
-    weights = weights.copy()
+    (o, d, _, floor, points), weights = room, room[2].copy()
     near = floor & (np.abs(points[:, :2]) < 4).all(-1)              # no shadow is longer than that
     lit, _ = hit_object(shape, scale, points[near], np.broadcast_to(LIGHT, (near.sum(), 3)))
     weights[near, 0] = np.where(np.isfinite(lit), SHADOW, 1.0)
@@ -342,11 +341,12 @@ def read_hdf5(path):
         images = file["images"]
         if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
             raise ValueError(f"`images` must be (n, 64, 64, 3) uint8, not {images.shape} {images.dtype}")
-        sizes = tuple(size for size in factor_sizes_of(file["labels"][:], len(images)) if size > 1)
+        sizes = factor_sizes_of(file["labels"][:], len(images))
         ours, theirs = file.attrs.get("source") == SOURCE, sizes == FACTORS["shapes3d"][1]
+        names = FACTORS["shapes3d"][0] if ours or theirs else [f"factor_{k}" for k in range(len(sizes))]
+        names, sizes = zip(*((name, size) for name, size in zip(names, sizes) if size > 1))
         yield ("shapes3d" if ours or theirs else "a file with other factors", [path], images.shape,
-               "built-in world" if ours else TITLES["shapes3d"] if theirs else path.stem,
-               FACTORS["shapes3d"][0] if ours or theirs else [f"factor_{k}" for k in range(len(sizes))], sizes)
+               "built-in world" if ours else TITLES["shapes3d"] if theirs else path.stem, names, sizes)
         chunk, size = images.chunks or (1, SIDE, SIDE, 3), SIDE * SIDE * 3              # chunks may span thousands
         rows = min(chunk[0] * max(1, SLAB // (chunk[0] * size)), 16 * SLAB // size)
         block = np.empty((min(rows, len(images)), SIDE, SIDE, 3), np.uint8)

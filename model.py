@@ -179,9 +179,10 @@ class UNet(nn.Module):
         if conditioning not in CONDITIONINGS:
             raise ValueError(f"unknown conditioning {conditioning!r}: choose one of {', '.join(CONDITIONINGS)}")
         widths = [channels * m for m in multipliers]
-        if channels % 2:
-            raise ValueError(f"channels must be even, half sines and half cosines of t, not {channels}")
-        for width in (channels, *widths):
+        if channels % 2 or channels % groups:
+            raise ValueError("channels must be even (half sines, half cosines of t) and a multiple of "
+                             f"{groups} groups, not {channels}")
+        for width in widths:
             if width % heads or width % groups:
                 raise ValueError(f"a U-Net level of width {width} cannot be divided into {heads} heads and "
                                  f"{groups} groups: choose a width that both divide")
