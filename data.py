@@ -438,7 +438,7 @@ def open_dataset(path=None, cache=None, name=None):
     it must be that. Raises ValueError or OSError with one sentence about what is wrong.
     """
     if name and (name not in DATASETS or path is None):
-        raise ValueError(f"{name} is not a data set, or its file is not given: choose from {', '.join(DATASETS)}")
+        raise ValueError(f"data set {name!r}: name one of {', '.join(DATASETS)}, and give its file or folder by --data")
     if path is None:
         return World()
     path = Path(os.path.abspath(path))

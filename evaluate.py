@@ -577,8 +577,8 @@ def main(argv=None):
         raise ValueError("name run folders, or codes with --codes FILE (no pictures, no --data), and not both")
     results = []
     if args.codes:
-        with reading(f"{args.codes} (wanted: .npz, arrays z (n, N) and y (n, K))"), np.load(args.codes) as file:
-            z, y = file["z"].astype(np.float32), file["y"]
+        with open(args.codes, "rb") as file, reading(f"{args.codes} (wanted: .npz, arrays z (n, N) and y (n, K))"):
+            z, y = (np.lib.npyio.NpzFile(file)[name].astype(float) for name in ("z", "y"))
         named = zip(("scores", "protocol", "seconds"), score_codes(z, y, args.metrics or USUAL))
         results = [dict(data=args.codes, settings={}, **dict(named))]
     for run in (Run(folder, args.data, args.device) for folder in args.runs):

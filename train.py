@@ -207,7 +207,7 @@ def choose_device(name):
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try cpu") from None
+        raise ValueError(f"--device {name} cannot be used here ({str(error)[:60]}..): try auto or cpu") from None
     return torch.device(name)
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                                         # noqa: E402
 from data import Dataset, World, open_dataset                       # noqa: E402
+from train import end_with                                          # noqa: E402
 
 BATCH = 64
 
@@ -144,4 +145,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

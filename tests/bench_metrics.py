@@ -16,7 +16,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import Run, dci, entropy                                   # noqa: E402
+from evaluate import Run, dci, entropy                              # noqa: E402
+from train import end_with                                          # noqa: E402
 
 SIZES, N, TRAIN, TEST = (10, 10, 10, 8, 4, 15), 20, 10000, 5000
 RESULTS = ROOT / ".github/results/bench_metrics.json"
@@ -86,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)
