@@ -520,9 +520,9 @@ def test_another_name_is_refused(make, kind):
     for name in DATASETS:
         if name != kind and (kind, name) != ("celeba", "folder"):   # a folder may always be opened as such
             refused(path, f"not {name}, it is {kind}", name=name)
-    with pytest.raises(ValueError, match="mpi4d is not a data set.*shapes3d, mpi3d"):
+    with pytest.raises(ValueError, match="mpi4d.: name one of shapes3d, mpi3d"):
         open_dataset(path, name="mpi4d")
-    with pytest.raises(ValueError, match="its file is not given"):
+    with pytest.raises(ValueError, match="give its file or folder by --data"):
         open_dataset(name=kind)
 
 
