@@ -343,7 +343,7 @@ def encode_all(s, ds, vae, device, most=2 ** 31, batch_size=512):
     if s.steps * s.batch_size <= len(ds) or 2 * math.prod(shape) > most:
         return None
     parts = tqdm(torch.arange(len(ds)).split(batch_size), desc="latents", unit="batch", mininterval=1.0)
-    return torch.cat([vae.encode(ds.images(part).to(device)).half() for part in parts])             # (n, Z, h, w)
+    return torch.cat([vae.encode(ds.images(part).to(device)).half().contiguous() for part in parts])    # (n, Z, h, w)
 
 
 def train_tokens(s, ds, rows, vae, out, device):
