@@ -337,7 +337,8 @@ def train_first_stage(s, ds, rows, out, device):
 def encode_all(s, ds, vae, device, most=2 ** 31, batch_size=512):
     """Latents of all images, (n, Z, h, w) float16 on the device, when that saves time: the autoencoder is frozen.
 
-    None when training looks at no more pictures than there are, or when they would take over `most` bytes.
+    None when training looks at no more pictures than there are, or when they would take over `most` bytes (while they
+    are joined, twice as many).
     """
     shape = (len(ds), *latent_shape(s))
     if s.steps * s.batch_size <= len(ds) or 2 * math.prod(shape) > most:
