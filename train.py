@@ -368,7 +368,7 @@ def train_tokens(s, ds, rows, vae, out, device):
         tokens = encoder(images)                                                        # (B, N, D)
         # noise
         t = diffusion.draw_t(s.batch_size)                                              # (B,)
-        eps = torch.randn_like(x_0)                                                     # (B, Z, h, w)
+        eps = torch.randn(s.batch_size, *latent_shape(s), device=device)                # (B, Z, h, w)
         # loss
         loss = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss)
         # step
