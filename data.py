@@ -437,9 +437,9 @@ def open_dataset(path=None, cache=None, name=None):
     cache: folder for unpacked copies, made if missing; without, they lie beside the data. name: one of DATASETS, if
     it must be that. Raises ValueError or OSError with one sentence about what is wrong.
     """
-    if name and (name not in DATASETS or path is None):
+    if name and (name not in DATASETS or not path):
         raise ValueError(f"data set {name!r}: name one of {', '.join(DATASETS)}, and give its file or folder by --data")
-    if path is None:
+    if not path:
         return World()
     path = Path(os.path.abspath(path))
     if not path.exists():
@@ -448,7 +448,7 @@ def open_dataset(path=None, cache=None, name=None):
     kind, *rest = next(source)
     if name and name != kind:
         raise ValueError(f"{path} is not {name}, it is {kind}: name that, or nothing (celeba has {ATTRIBUTES})")
-    return Unpacked(source, path, cache, kind, *rest)
+    return Unpacked(source, path, cache or None, kind, *rest)
 
 
 def hold_out(ds, share=0.0, combinations="", seed=0):

@@ -1,4 +1,4 @@
-"""The diffusion half of EncDiff: noise schedules, the forward process, the loss, samplers, and EMA.
+"""The diffusion half of EncDiff: noise schedules, forward process, loss, samplers; and what training it leans on.
 
 Implements DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and the cosine schedule (Nichol and Dhariwal
 2021), as latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. Nothing here
@@ -7,15 +7,17 @@ knows about tokens or networks: wherever a network is needed, the caller passes 
 and other prediction targets than eps, which EncDiff does not use.
 
 Exports: SCHEDULES, LOSSES, beta_schedule, Diffusion, Reconstruction (the paper's ablation without diffusion),
-ema_decay, update_ema.
+learning_rate, ema_decay, update_ema, choose_device, and for several processes RANK, PROCESSES, meet, trained.
 
 Letters (the papers'):  T steps, t in 0..T-1 (the papers count 1..T: our t is their t - 1), beta_t,
 alpha_t = 1 - beta_t, abar_t = product of alpha up to t, x_0 clean latent, x_t noisy latent, eps the
 noise in it.  Shapes: B batch, C channels, H, W height and width.
 """
 import math
+import os
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -227,6 +229,14 @@ def normal_like(x, generator=None):
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
+# ---- what training leans on ------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak, warmup, decay):
+    """Linear warm-up to `peak` over `warmup` steps; "cosine": times a half cosine from 1 at step 0 to 0 at `steps`."""
+    rate = peak * min(1.0, (step + 1) / max(1, warmup))
+    return rate * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))) if decay == "cosine" else rate
+
+
 def ema_decay(n, limit=0.9999):
     """Decay of the moving average at its n-th update, n = 1, 2, ..: a short memory early, `limit` later.
 
@@ -242,3 +252,40 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(averages, weights, 1 - decay)
     for average, buffer in zip(ema.buffers(), model.buffers()):
         average.copy_(buffer)
+
+
+# torchrun starts a script several times and tells each process which of how many it is; started alone, it is 0 of 1.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(name):
+    """"auto" or a name -> torch.device; ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and PROCESSES > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error)[:60]}..): try auto or cpu") from None
+    return torch.device(name)
+
+
+def meet(device):
+    """Waits until all processes of torchrun are here; the first call connects them (gloo on CPUs, nccl on GPUs)."""
+    if PROCESSES > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if PROCESSES > 1:
+        dist.barrier()
+
+
+def trained(module, compiled=False):
+    """What a training loop calls for `module`: itself, compiled or not; under torchrun, its data-parallel wrapper.
+
+    The wrapper's gradients are means over the processes. Batch norm sees a process's own share of the batch only, and
+    the running statistics that are kept are the first process's.
+    """
+    module = torch.compile(module) if compiled else module
+    return nn.parallel.DistributedDataParallel(module) if PROCESSES > 1 else module

@@ -291,7 +291,7 @@ class Run:
         self.folder = Path(folder) / f"on-{Path(data).stem}" if data else Path(folder)  # where results go
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
         self.seconds = max([x["seconds"] for x in train.read_log(folder) if x["stage"] == "tokens"], default=0.0)
-        self.ds = open_dataset(data, self.settings.cache or None) if data else train.open_data(self.settings)
+        self.ds = open_dataset(data or self.settings.data, self.settings.cache, "" if data else self.settings.dataset)
         self.folder.mkdir(exist_ok=True)
         self.diffusion = train.build_diffusion(self.settings).to(self.device)
         self.images = lambda index: self.ds.images(index).to(self.device)               # (B,) -> (B, 3, 64, 64)

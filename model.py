@@ -186,6 +186,8 @@ class UNet(nn.Module):
             if width % heads or width % groups:
                 raise ValueError(f"a U-Net level of width {width} cannot be divided into {heads} heads and "
                                  f"{groups} groups: choose a width that both divide")
+        if attention_levels > len(widths):
+            raise ValueError(f"a U-Net of {len(widths)} levels cannot attend at {attention_levels} levels")
         E = 4 * channels
         self.time_mlp = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
         self.token_mlp = None

@@ -5,11 +5,12 @@
     python train.py --data 3dshapes.h5               # the real file, nothing else changed
     python train.py --preset paper --device cuda     # the sizes and constants of the paper
     python train.py --resume --out runs/world-small-0
+    torchrun --nproc_per_node 2 train.py             # each process computes its share of every batch
 
 Every field of Settings is a flag. A run folder holds settings.json, log.jsonl (one JSON object a line),
 vae.pt (first stage), model.pt (encoder, U-Net and its average), codes-STEP.npy, pictures (PNG) and scores.json.
 
-Exports: Settings, PRESETS, build_autoencoder, build_networks, build_diffusion, main.
+Exports: Settings, PRESETS, build_autoencoder, build_networks, build_diffusion, load_run, main.
 Letters:  B batch, Z latent channels, h, w height and width of the latent, N tokens, D token dimension.
 """
 import argparse
@@ -17,26 +18,29 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DATASETS, hold_out, open_dataset, whole
-from diffusion import LOSSES, SCHEDULES, Diffusion, Reconstruction, ema_decay, update_ema
+from diffusion import LOSSES, PROCESSES, RANK, SCHEDULES, Diffusion, Reconstruction
+from diffusion import choose_device, ema_decay, learning_rate, meet, trained, update_ema
 from encoder import KINDS, ConceptEncoder
 from model import CONDITIONINGS, UNet
-from vae import Autoencoder
+from vae import Autoencoder, encode_all
 
 
 # ---- settings -------------------------------------------------------------------------------------
 
 def setting(default, help, choices=None, low=None, high=math.inf):
-    """One field of Settings: its default (preset small), the text of its flag, and what it may be.
+    """One field of Settings: default, text of its flag, choices; a number, or each of a tuple, must be low..high.
 
-    A number, or each of a tuple, is low..high; without `low`, whole numbers are at least 1, others above 0.
+    Without `low`, whole numbers are at least 1, others above 0.
     """
     kind = type(default[0] if isinstance(default, tuple) else default)
     low = {int: 1, float: 1e-9}.get(kind) if low is None else low
@@ -57,6 +61,9 @@ class Settings:
     seed: int = setting(0, "of weights, batches and noise", low=0)
     device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
     checkpoint_minutes: float = setting(2.0, "minutes between checkpoints", low=0)
+    precision: str = setting("auto", "of tokens and U-Net in training (paper: float32); auto: bfloat16 on a CUDA GPU, "
+                             "else float32", ("auto", "float32", "bfloat16"))
+    compile: str = setting("no", "torch.compile the networks: takes a minute or two, then saves time", ("no", "yes"))
     # first stage
     first_stage: str = setting("kl", "autoencoder with a Gaussian or a quantised latent (paper: vq)", ("kl", "vq"))
     vae: str = setting("", "a run folder whose first stage is used instead of training one")
@@ -94,6 +101,7 @@ class Settings:
     # optimisation
     steps: int = setting(24000, "training steps of tokens and U-Net (paper: not given)")
     batch_size: int = setting(32, "images a step, B (paper: 128)")
+    accumulate: int = setting(1, "parts that a batch is computed in, for little memory (paper: 1)")
     lr: float = setting(3e-3, "highest learning rate (paper: 2.56e-4)")
     betas: tuple = setting((0.9, 0.99), "of its AdamW (paper: 0.9,0.999)", low=0, high=0.9999)
     warmup: int = setting(300, "steps of linear warm-up (paper: 10000)", low=0)
@@ -117,8 +125,8 @@ PRESETS = {
 }
 FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
                "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas", "vae_warmup")
-MAY_CHANGE = ("out", "cache", "device", "steps", "checkpoint_minutes", "score_images")     # when a run is resumed
-NOT_COMPARED = ("seed", "out", "cache", "device", "checkpoint_minutes", "score_images", "vae")     # by evaluate.py
+MAY_CHANGE = ("out", "cache", "device", "compile", "steps", "checkpoint_minutes", "score_images")      # by --resume
+NOT_COMPARED = ("seed", *MAY_CHANGE[:4], "checkpoint_minutes", "score_images", "vae")       # by evaluate.py's table
 
 
 def parse(argv):
@@ -156,24 +164,17 @@ def check(s):
             raise ValueError(f"--{flag(field.name)} {value}: must be {'whole, ' * (kind is int)}from {low} to {high}")
     if len(s.betas) != 2 or len(s.vae_betas) != 2:
         raise ValueError(f"--betas {s.betas}, --vae-betas {s.vae_betas}: give two numbers each, such as 0.9,0.99")
-    if s.attention_levels > len(s.multipliers):
-        raise ValueError(f"--attention-levels {s.attention_levels}: the U-Net has only {len(s.multipliers)} levels")
+    if s.batch_size % (PROCESSES * s.accumulate) or s.vae_batch_size % PROCESSES:
+        raise ValueError(f"--batch-size {s.batch_size} must be a multiple of processes x --accumulate, {PROCESSES} x "
+                         f"{s.accumulate}, and --vae-batch-size {s.vae_batch_size} one of the processes")
     if 0 < s.score_images < 15000:
         raise ValueError(f"--score-images must be 0 (all) or at least 15000, as DCI needs, not {s.score_images}")
-    if 64 % (factor := s.patch * 2 ** (len(s.vae_multipliers) - 1)):
-        raise ValueError(f"64-pixel pictures cannot be shrunk {factor} times: change --patch {s.patch} or the number "
-                         f"of --vae-multipliers, {len(s.vae_multipliers)}")
     if (side := latent_shape(s)[1]) % 2 ** (len(s.multipliers) - 1):
         raise ValueError(f"the U-Net's {len(s.multipliers)} levels cannot halve {side}x{side} latents "
                          f"{len(s.multipliers) - 1} times: choose fewer --multipliers or a smaller --patch")
 
 
 # ---- parts ----------------------------------------------------------------------------------------
-
-def open_data(s):
-    """The data set that Settings s name."""
-    return open_dataset(s.data or None, s.cache or None, s.dataset or None)
-
 
 def latent_shape(s):
     """(Z, h, w) of the latents that the first stage makes of 64x64 pictures."""
@@ -200,21 +201,16 @@ def build_diffusion(s):
     return Diffusion(s.schedule) if s.objective == "diffusion" else Reconstruction(latent_shape(s))
 
 
-def choose_device(name):
-    """"auto" or a name -> torch.device; ValueError when it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error)[:60]}..): try auto or cpu") from None
-    return torch.device(name)
+def draw(s, rows, diffusion, device):
+    """One step's image numbers (B,), noise levels (B,) and noise (B, Z, h, w), in s.accumulate parts.
 
-
-def learning_rate(step, steps, peak, warmup, decay):
-    """Linear warm-up to `peak` over `warmup` steps; "cosine": times a half cosine from 1 at step 0 to 0 at `steps`."""
-    rate = peak * min(1.0, (step + 1) / max(1, warmup))
-    return rate * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))) if decay == "cosine" else rate
+    Under torchrun all processes draw the same and each takes its parts: together they do what one would alone.
+    """
+    B, K = s.batch_size, PROCESSES * s.accumulate
+    index = rows[torch.randint(len(rows), (B,))]                                        # (B,)
+    t = diffusion.draw_t(B)                                                             # (B,)
+    eps = torch.randn(B, *latent_shape(s), device=device)                               # (B, Z, h, w)
+    return [(index[k::K], t[k::K], eps[k::K]) for k in range(RANK, K, PROCESSES)]       # B / K of each
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------
@@ -269,33 +265,36 @@ class Progress:
         self.log, self.device, self.parts = out / "log.jsonl", device, parts
         self.step = restore(self.checkpoint, device, **parts)
         lines = [line for line in read_log(out) if line["stage"] != stage or line["step"] <= self.step]
-        with whole(self.log) as temporary:                          # what came after the checkpoint is done again
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if RANK == 0:                                               # the first process writes, here and below
+            with whole(self.log) as file:                           # what came after the checkpoint is done again
+                file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.seconds = max([line["seconds"] for line in lines if line["stage"] == stage], default=0.0)
 
     def begin(self):
         """Starts the clock and the bar."""
         self.saved, self.started = time.monotonic(), time.monotonic() - self.seconds
         self.bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, unit="step", mininterval=1.0,
-                        disable=self.step >= self.steps)
+                        disable=self.step >= self.steps or RANK > 0)
 
     def after_step(self, loss, also):
-        """Counts a step; every so often logs its loss (a tensor) and writes a checkpoint.
-
-        ValueError when training has broken down: loss or `also` is not finite.
-        """
+        """Counts a step; every so often logs its loss and saves. ValueError if a tensor, loss or also, is not finite."""
         self.step += 1
         if self.step % LOG_EVERY and self.step < self.steps:
             return
-        if not math.isfinite(loss.item() + also.item()):
+        means = torch.stack([loss.detach(), also.detach()]) / PROCESSES                 # (2,)
+        if PROCESSES > 1:
+            dist.all_reduce(means)
+        loss, also = means.tolist()
+        if not math.isfinite(loss + also):
             raise ValueError(f"the {self.stage} loss is not a finite number at step {self.step}: training stopped, the "
                              "last checkpoint is kept; start again with a lower learning rate")
+        if RANK > 0:
+            return
         seconds = time.monotonic() - self.started
-        line = dict(stage=self.stage, step=self.step, loss=round(loss.item(), 6), seconds=round(seconds, 2))
+        line = dict(stage=self.stage, step=self.step, loss=round(loss, 6), seconds=round(seconds, 2))
         with open(self.log, "a") as file:
             file.write(json.dumps(line) + "\n")
-        rate = self.step * self.batch_size / seconds
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.step * self.batch_size / seconds:.0f} images/s", refresh=False)
         self.bar.update(self.step - self.bar.n)
         if self.step == self.steps or time.monotonic() - self.saved >= 60 * self.s.checkpoint_minutes:
             save(self.checkpoint, self.s, self.step, self.device, **self.parts)
@@ -315,36 +314,40 @@ def train_first_stage(s, ds, rows, out, device):
     vae = build_autoencoder(s).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, s.vae_betas, fused=device.type in ("cpu", "cuda"))
     progress = Progress(s, out, "vae", "vae.pt", s.vae_steps, s.vae_batch_size, device, vae=vae, optimizer=optimizer)
+    images_of = lambda index: ds.images(index).to(device)                               # (n,) -> (n, 3, 64, 64)
     sample = lambda n: rows[torch.randint(len(rows), (n,))]                             # (n,)
     if progress.step == 0 and s.first_stage == "vq":
-        vae.codebook.start_from(vae.encode(ds.images(sample(s.vae_batch_size)).to(device)))
+        vae.codebook.start_from(vae.encode(images_of(sample(s.vae_batch_size))))
+    loss_of = trained(vae, s.compile == "yes")
     progress.begin()
     while progress.step < s.vae_steps:
-        images = ds.images(sample(s.vae_batch_size)).to(device)                          # (B, 3, 64, 64)
+        images = images_of(sample(s.vae_batch_size)[RANK::PROCESSES])                   # (B / processes, 3, 64, 64)
         optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.vae_steps, s.vae_lr, s.vae_warmup, s.decay)
-        loss, l1 = vae(images)
+        loss, l1 = loss_of(images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         # DEVIATION: scaled once trained, by 1,024 images; the authors' scale comes from the first training batch
         if progress.step == s.vae_steps - 1:
-            vae.eval().set_scale(ds.images(sample(1024)).to(device))
+            vae.eval().set_scale(images_of(sample(1024)))
         progress.after_step(l1, loss)                               # the log shows L1 alone
     return vae.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def encode_all(s, ds, vae, device, most=2 ** 31, batch_size=512):
-    """Latents of all images, (n, Z, h, w) float16 on the device, when that saves time: the autoencoder is frozen.
+def prepare(s, ds, vae, device, most=2 ** 31):
+    """A function index (B,) -> images (B, 3, 64, 64) and their latents x_0 (B, Z, h, w), on the device.
 
-    None when training looks at no more pictures than there are, or when they would take over `most` bytes (while they
-    are joined, twice as many).
+    When training looks at more pictures than there are, all latents are computed once, if they take at most `most`
+    bytes; a GPU with room for it then keeps the pictures, too.
     """
-    shape = (len(ds), *latent_shape(s))
-    if s.steps * s.batch_size <= len(ds) or 2 * math.prod(shape) > most:
-        return None
-    parts = tqdm(torch.arange(len(ds)).split(batch_size), desc="latents", unit="batch", mininterval=1.0)
-    return torch.cat([vae.encode(ds.images(part).to(device)).half().contiguous() for part in parts])    # (n, Z, h, w)
+    n = len(ds)
+    if s.steps * s.batch_size <= n or 2 * n * math.prod(latent_shape(s)) > most:
+        return lambda index: (images := ds.images(index).to(device), vae.encode(images))
+    room = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * n * 3 * 64 ** 2
+    parts = tqdm(torch.arange(n).split(512), desc="latents", unit="batch", mininterval=1.0, disable=RANK > 0)
+    latents, pixels = encode_all(vae, ds.images, parts, device, room)                   # (n, Z, h, w), (n, 3, 64, 64)
+    images = lambda index: pixels[index] / 127.5 - 1 if room else ds.images(index).to(device)
+    return lambda index: (images(index), latents[index].float())
 
 
 def train_tokens(s, ds, rows, vae, out, device):
@@ -357,29 +360,24 @@ def train_tokens(s, ds, rows, vae, out, device):
     optimizer = torch.optim.AdamW(parameters, s.lr, s.betas, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
     progress = Progress(s, out, "tokens", "model.pt", s.steps, s.batch_size, device,
                         encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
-    latents = encode_all(s, ds, vae, device) if progress.step < s.steps else None       # (n, Z, h, w), or None
+    batch = prepare(s, ds, vae, device) if progress.step < s.steps else None
+    encoder, unet = (trained(part, s.compile == "yes") for part in (encoder, unet))
+    half = s.precision == "bfloat16" or s.precision == "auto" and device.type == "cuda"
     progress.begin()
     while progress.step < s.steps:
-        # data
-        index = rows[torch.randint(len(rows), (s.batch_size,))]                         # (B,)
-        images = ds.images(index).to(device)                                            # (B, 3, 64, 64)
-        x_0 = vae.encode(images) if latents is None else latents[index].float()         # (B, Z, h, w)
-        # tokens
-        tokens = encoder(images)                                                        # (B, N, D)
-        # noise
-        t = diffusion.draw_t(s.batch_size)                                              # (B,)
-        eps = torch.randn(s.batch_size, *latent_shape(s), device=device)                # (B, Z, h, w)
-        # loss
-        loss = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss)
-        # step
         optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.steps, s.lr, s.warmup, s.decay)
         optimizer.zero_grad()
-        loss.backward()
+        loss = torch.zeros((), device=device)
+        for index, t, eps in draw(s, rows, diffusion, device):      # once, unless --accumulate
+            images, x_0 = batch(index)                                                  # (B, 3, 64, 64), (B, Z, h, w)
+            with torch.autocast(device.type if half else "cpu", torch.bfloat16, enabled=half):
+                tokens = encoder(images)                                                # (B, N, D)
+                part = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss) / s.accumulate
+            part.backward()
+            loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
         optimizer.step()
-        # average
         update_ema(ema, unet, ema_decay(progress.step + 1, s.ema))
-        # log, checkpoint
         progress.after_step(loss, norm)
 
 
@@ -429,11 +427,9 @@ def settle(s, resume, given):
             raise ValueError("--resume with other settings than the run was started with: " + ", ".join(
                 f"--{flag(name)} was {getattr(old, name)}, not {getattr(s, name)}" for name in changed))
         return dataclasses.replace(old, out=str(out), **{k: given[k] for k in MAY_CHANGE if k in given and k != "out"})
-    if (out / "settings.json").exists():
-        raise ValueError(f"{out} already holds a run: choose another folder with --out, continue it with --resume, "
-                         f"or score it with python evaluate.py {out}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and holds no run of this program: name another folder with --out")
+        raise ValueError(f"{out} is there already: choose another folder with --out; or, if it holds a run, continue "
+                         f"it with --resume or score it with python evaluate.py {out}")
     if s.vae:
         other = read_settings(s.vae)
         must = ("data", "holdout", "holdout_factors", "first_stage")
@@ -448,49 +444,55 @@ def settle(s, resume, given):
     return s
 
 
-def score_run(out, device):
-    """Scores and pictures of a finished run, as `python evaluate.py RUN` gives them."""
-    import evaluate                                                 # here, because evaluate.py imports this file
-    evaluate.main([str(out), "--device", str(device)])
-
-
 def main(argv=None):
     """Trains and scores one run; returns its folder. Raises ValueError or OSError with one clear sentence."""
     s, resume, given = parse(argv)
     s = settle(s, resume, given)
     check(s)
     device = choose_device(s.device)
-    parts = [build_autoencoder(s), *build_networks(s)]              # fails before anything is written
-    ds, out = open_data(s), Path(s.out)
+    parts, out = [build_autoencoder(s), *build_networks(s)], Path(s.out)        # fails before anything is written
+    meet(device)
+    if RANK > 0:
+        meet(device)                                                # when the first process has come as far as below
+    ds = open_dataset(s.data, s.cache, s.dataset)
     rows = torch.from_numpy(hold_out(ds, s.holdout, s.holdout_factors)[0])              # (n,), what training may see
-    borrowed = load(Path(s.vae) / "vae.pt") if s.vae and not (out / "vae.pt").exists() else None
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", dataclasses.asdict(s))
-    if borrowed:
-        with whole(out / "vae.pt") as temporary:
-            torch.save(borrowed, temporary)
-    print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
-    for name, part in zip(("autoencoder", "token encoder", "U-Net"), parts):
-        print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if s.vae and not (out / "vae.pt").exists():
+            with whole(out / "vae.pt") as temporary:
+                shutil.copyfile(Path(s.vae) / "vae.pt", temporary)
+        write_json(out / "settings.json", dataclasses.asdict(s))
+        print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
+        for name, part in zip(("autoencoder", "token encoder", "U-Net"), parts):
+            print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
+        meet(device)
     vae = train_first_stage(s, ds, rows, out, device)
     train_tokens(s, ds, rows, vae, out, device)
-    score_run(out, device)
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+    if RANK == 0:
+        import evaluate                                             # here, because evaluate.py imports this file
+        evaluate.main([str(out), "--device", str(device)])
     return out
 
 
 def end_with(main):
     """Runs main() for the command line: what goes wrong ends it with one sentence and exit code 2."""
     try:
-        main()
+        return main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = str(error)
     except torch.cuda.OutOfMemoryError:
-        print("error: the GPU has too little memory: try a smaller --batch-size", file=sys.stderr)
-        sys.exit(2)
+        sentence = "the GPU has too little memory: try a smaller --batch-size, or --accumulate 2"
+    except RuntimeError as error:
+        if PROCESSES == 1:
+            raise
+        sentence = f"a process of this run has ended ({str(error)[:60]}..): go on from its checkpoint with --resume"
     except KeyboardInterrupt:
         print("\ninterrupted: a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

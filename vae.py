@@ -104,14 +104,14 @@ class Autoencoder(nn.Module):
     kind: "kl" or "vq". channels * multipliers: width of each level, finest first. patch: the images are
     first cut into patch x patch squares, each one place (1, the paper's: none). n_res_blocks: a level.
     groups: of the group norms. codebook_size: V, for vq. kl_weight (latent diffusion's) and commitment
-    (the paper's) weigh the latent's own terms. Raises ValueError for an unknown kind.
+    (the paper's) weigh the latent's own terms. Raises ValueError for an unknown kind or impossible sizes.
 
     DEVIATION: no attention in the middle and no 1x1 convolutions around the latent, which latent diffusion's
     code has whatever its configuration says.
     """
 
     def __init__(self, kind="vq", channels=32, multipliers=(1, 2, 4), n_res_blocks=2, latent_channels=3,
-                 patch=1, groups=32, codebook_size=2048, kl_weight=1e-6, commitment=0.25):
+                 patch=1, groups=32, codebook_size=2048, kl_weight=1e-6, commitment=0.25, image_size=64):
         super().__init__()
         if kind not in ("kl", "vq"):
             raise ValueError(f"unknown first stage {kind!r}: choose kl or vq")
@@ -126,6 +126,9 @@ class Autoencoder(nn.Module):
         self.decoder = build_decoder(widths, n_res_blocks, latent_channels, patch, groups)
         self.codebook = Codebook(codebook_size, latent_channels) if kind == "vq" else None
         self.factor = patch * 2 ** (len(widths) - 1)                # H / h
+        if image_size % self.factor:
+            raise ValueError(f"{image_size}-pixel images cannot be shrunk {self.factor} times: change patch {patch} or "
+                             f"the number of vae multipliers, {len(widths)}")
         self.register_buffer("scale", torch.ones(()))               # 1 / std of the raw latent, set after training
 
     # ---- what the diffusion uses -------------------------------------------------------------------
@@ -184,3 +187,19 @@ class Autoencoder(nn.Module):
         """Brings the latents of these images (B, 3, H, W) to unit standard deviation."""
         self.scale.fill_(1.0)
         self.scale.copy_(1 / self.encode(images).std())
+
+
+@torch.no_grad()
+def encode_all(vae, images_of, parts, device, keep_pixels=False):
+    """The latents of all pictures, computed once because the autoencoder is frozen: (n, Z, h, w) float16.
+
+    images_of: index (b,) -> (b, 3, H, W) in [-1, 1]; parts: the numbers 0..n-1 in batches. Returns the latents and,
+    with keep_pixels, the pictures (n, 3, H, W) uint8, else None; both on the device, twice their size while joined.
+    """
+    latents, pixels = [], []
+    for part in parts:
+        images = images_of(part).to(device)                                             # (b, 3, H, W)
+        latents.append(vae.encode(images).half().contiguous())                          # (b, Z, h, w)
+        if keep_pixels:
+            pixels.append((images * 127.5 + 127.5).round().byte())                      # (b, 3, H, W)
+    return torch.cat(latents), torch.cat(pixels) if keep_pixels else None

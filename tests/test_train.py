@@ -1,6 +1,7 @@
 """train.py from flags to run folder: a few steps, resuming bit for bit, and failing well."""
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import train
 from train import Settings, learning_rate, load, parse, read_log, save
 
@@ -24,7 +26,7 @@ def quick(monkeypatch):
     """Latents of few images, a log line every 4 steps, no scores: what is tested here is training."""
     monkeypatch.setattr(train, "LOG_EVERY", 4)
     monkeypatch.setattr(train, "open_dataset", lambda *args: Few())
-    monkeypatch.setattr(train, "score_run", lambda out, device: None)
+    monkeypatch.setattr(evaluate, "main", lambda argv: None)
 
 
 class Few:
@@ -77,12 +79,39 @@ def test_every_alternative_trains_and_reloads(quick, tmp_path, flags):
 
 
 def test_latents_encoded_once_are_those_of_the_loop(quick):
-    s = Settings(steps=30, batch_size=8)
-    vae = train.build_autoencoder(s).eval().requires_grad_(False)
-    latents = train.encode_all(s, Few(), vae, torch.device("cpu"), batch_size=7)        # 40 images, the last batch of 5
-    assert (latents.float() - vae.encode(Few().images(range(40)))).abs().max() < 2e-3 * latents.abs().max()
-    assert train.encode_all(Settings(steps=5, batch_size=8), Few(), vae, torch.device("cpu")) is None
-    assert train.encode_all(s, Few(), vae, torch.device("cpu"), most=10000) is None
+    cpu, few, index = torch.device("cpu"), Few(), torch.tensor([3, 39, 0])
+    vae = train.build_autoencoder(Settings()).eval().requires_grad_(False)
+    want = vae.encode(few.images(index))
+    for s, most, error in ((Settings(steps=30, batch_size=8), 2 ** 31, 2e-3), (Settings(steps=30, batch_size=8), 10000, 0),
+                           (Settings(steps=5, batch_size=8), 2 ** 31, 0)):
+        images, x_0 = train.prepare(s, few, vae, cpu, most)(index)
+        assert torch.equal(images, few.images(index))
+        assert (x_0 - want).abs().max() <= error * want.abs().max() and (error == 0) == torch.equal(x_0, want)
+
+
+def test_pictures_kept_on_the_device_are_the_data_sets(world):
+    vae = train.build_autoencoder(Settings()).eval().requires_grad_(False)
+    latents, pixels = train.encode_all(vae, world.images, torch.arange(40).split(7), torch.device("cpu"), True)
+    assert torch.equal(pixels / 127.5 - 1, world.images(range(40)))
+    assert latents.is_contiguous() and latents.shape == (40, 4, 8, 8) and pixels.dtype == torch.uint8
+
+
+def test_bfloat16_learns_as_float32_does(quick, tmp_path):
+    logs = []
+    for precision in ("float32", "bfloat16"):
+        out = train.main([*SMALL, "--precision", precision, "--out", str(tmp_path / precision)])
+        logs.append([line["loss"] for line in read_log(out) if line["stage"] == "tokens"])
+        assert all(w.dtype in (torch.float32, torch.int64) for w in weights(out).values())
+    assert logs[0] != logs[1] and all(abs(a - b) < 0.02 for a, b in zip(*logs))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_give_the_same_losses(quick, tmp_path):
+    flags, logs = [*SMALL, "--multipliers", "1", "--attention-levels", "1", "--steps", "8"], []
+    first = train.main([*flags, "--out", str(tmp_path / "no")])
+    second = train.main([*flags, "--out", str(tmp_path / "yes"), "--compile", "yes", "--vae", str(first)])
+    logs = [[line["loss"] for line in read_log(out) if line["stage"] == "tokens"] for out in (first, second)]
+    assert all(abs(a - b) < 1e-4 for a, b in zip(*logs)) and weights(first).keys() == weights(second).keys()
 
 
 def test_training_lowers_the_loss(quick, tmp_path):
@@ -116,8 +145,8 @@ def test_a_stopped_run_resumes_bit_for_bit(quick, tmp_path, monkeypatch, stage, 
 
 def test_kill_9_and_resume(tmp_path):
     """The same with a real process that is killed at some moment after its first checkpoint."""
-    code = ("import sys; sys.path[:0] = [{root!r}, {tests!r}]; import train, test_train; train.LOG_EVERY = 3; "
-            "train.open_dataset = lambda *args: test_train.Few(); train.score_run = lambda out, device: None; "
+    code = ("import sys; sys.path[:0] = [{root!r}, {tests!r}]; import evaluate, train, test_train; train.LOG_EVERY = 3; "
+            "train.open_dataset = lambda *args: test_train.Few(); evaluate.main = lambda argv: None; "
             "train.main(sys.argv[1:])").format(root=str(ROOT), tests=str(ROOT / "tests"))
 
     def start(*flags):
@@ -155,7 +184,7 @@ def test_nothing_is_overwritten(quick, tmp_path):
     assert same(before, weights(out))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("important")
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="is there already"):
         train.main([*SMALL, "--out", str(tmp_path / "mine")])
     with pytest.raises(FileNotFoundError, match="no run"):
         train.main(["--resume", "--out", str(tmp_path / "nowhere")])
@@ -188,7 +217,7 @@ def test_held_out_images_are_never_seen(tmp_path, monkeypatch, world):
             return world.images(index)
 
     monkeypatch.setattr(train, "open_dataset", lambda *args: Watched())
-    monkeypatch.setattr(train, "score_run", lambda out, device: None)
+    monkeypatch.setattr(evaluate, "main", lambda argv: None)
     train.main([*SMALL, "--holdout", "0.4", "--holdout-factors", "floor_hue=3,shape=1;scale=0", "--first-stage", "vq",
                 "--out", str(tmp_path / "run")])
     factors = world.factors(asked)
@@ -239,9 +268,9 @@ def test_damaged_and_missing_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("flags, word", [("--tokens 0", "--tokens"), ("--steps -3", "--steps"), ("--heads 3", "3 heads"),
-                                         ("--lr 0", "--lr"), ("--patch 3", "--patch 3"), ("--ema 1", "--ema"),
+                                         ("--lr 0", "--lr"), ("--patch 3", "patch 3"), ("--ema 1", "--ema"),
                                          ("--device quantum", "quantum"), ("--multipliers 1,2,2,2,2", "5 levels cannot halve 8x8"),
-                                         ("--lr nan", "--lr"), ("--attention-levels 3", "--attention-levels 3"), ("--vae-betas 0.9", "--vae-betas"),
+                                         ("--lr nan", "--lr"), ("--attention-levels 3", "2 levels cannot attend at 3"), ("--vae-betas 0.9", "--vae-betas"),
                                          ("--channels 33", "channels must be even"), ("--multipliers 1.5,2", "--multipliers"), ("--encoder-strides 3,2", "strides")])
 def test_impossible_values_write_nothing(quick, tmp_path, flags, word):
     with pytest.raises(ValueError, match=word):
