@@ -61,7 +61,7 @@ class Settings:
     seed: int = setting(0, "of weights, batches and noise", low=0)
     device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
     checkpoint_minutes: float = setting(2.0, "minutes between checkpoints", low=0)
-    precision: str = setting("auto", "of tokens and U-Net in training (paper: float32); auto: bfloat16 on a CUDA GPU, "
+    precision: str = setting("auto", "of tokens and U-Net in training (paper: not given); auto: bfloat16 on CUDA, "
                              "else float32", ("auto", "float32", "bfloat16"))
     compile: str = setting("no", "torch.compile the networks: takes a minute or two, then saves time", ("no", "yes"))
     # first stage
@@ -277,7 +277,7 @@ class Progress:
                         disable=self.step >= self.steps or RANK > 0)
 
     def after_step(self, loss, also):
-        """Counts a step; every so often logs its loss and saves. ValueError if a tensor, loss or also, is not finite."""
+        """Counts a step; every so often logs its loss and saves. ValueError if loss or `also` is not finite."""
         self.step += 1
         if self.step % LOG_EVERY and self.step < self.steps:
             return
@@ -294,7 +294,8 @@ class Progress:
         line = dict(stage=self.stage, step=self.step, loss=round(loss, 6), seconds=round(seconds, 2))
         with open(self.log, "a") as file:
             file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.step * self.batch_size / seconds:.0f} images/s", refresh=False)
+        rate = self.step * self.batch_size / seconds
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
         self.bar.update(self.step - self.bar.n)
         if self.step == self.steps or time.monotonic() - self.saved >= 60 * self.s.checkpoint_minutes:
             save(self.checkpoint, self.s, self.step, self.device, **self.parts)
