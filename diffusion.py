@@ -7,7 +7,8 @@ knows about tokens or networks: wherever a network is needed, the caller passes 
 and other prediction targets than eps, which EncDiff does not use.
 
 Exports: SCHEDULES, LOSSES, beta_schedule, Diffusion, Reconstruction (the paper's ablation without diffusion),
-learning_rate, ema_decay, update_ema, choose_device, and for several processes RANK, PROCESSES, meet, trained.
+learning_rate, ema_decay, update_ema, choose_device, choose_precision, arithmetic, for_training, and, for several
+processes, RANK, PROCESSES, meet.
 
 Letters (the papers'):  T steps, t in 0..T-1 (the papers count 1..T: our t is their t - 1), beta_t,
 alpha_t = 1 - beta_t, abar_t = product of alpha up to t, x_0 clean latent, x_t noisy latent, eps the
@@ -15,6 +16,7 @@ noise in it.  Shapes: B batch, C channels, H, W height and width.
 """
 import math
 import os
+import signal
 
 import torch
 import torch.distributed as dist
@@ -259,10 +261,11 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def choose_device(name):
-    """"auto" or a name -> torch.device; ValueError when it is not there."""
+    """"auto" or a name -> torch.device, under torchrun a GPU for each process; ValueError when it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and PROCESSES > 1:
+        mps = torch.backends.mps.is_available() and PROCESSES == 1              # gradients cannot be exchanged there
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name.startswith("cuda") and PROCESSES > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
@@ -271,9 +274,23 @@ def choose_device(name):
     return torch.device(name)
 
 
+def choose_precision(name, device):
+    """"auto", "bfloat16" or "float32" -> one of the latter two; ValueError when the device cannot do it."""
+    if name == "bfloat16" and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--precision bfloat16 works on CPUs and CUDA GPUs, not on {device.type}")
+    return {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name)
+
+
+def arithmetic(precision, device):
+    """The context in which networks compute in "bfloat16" (their matrix products, that is) or in "float32"."""
+    half = precision == "bfloat16"
+    return torch.autocast(device.type if half else "cpu", torch.bfloat16, enabled=half)
+
+
 def meet(device):
     """Waits until all processes of torchrun are here; the first call connects them (gloo on CPUs, nccl on GPUs)."""
     if PROCESSES > 1 and not dist.is_initialized():
+        signal.signal(signal.SIGTERM, stop)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -281,7 +298,12 @@ def meet(device):
         dist.barrier()
 
 
-def trained(module, compiled=False):
+def stop(*_):
+    """What torchrun asks of the other processes when one has ended."""
+    raise ConnectionError("a process of this run has ended: go on from the last checkpoint with --resume")
+
+
+def for_training(module, compiled=False):
     """What a training loop calls for `module`: itself, compiled or not; under torchrun, its data-parallel wrapper.
 
     The wrapper's gradients are means over the processes. Batch norm sees a process's own share of the batch only, and

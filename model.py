@@ -59,7 +59,8 @@ class Attention(nn.Module):
         """
         q = self.split(self.to_q(x))                                                    # (B, h, L, d)
         k, v = self.split(self.to_k(source)), self.split(self.to_v(source))             # (B, h, M, d) each
-        if maps is None and x.is_cuda:                  # one kernel; on a CPU it is slower than the lines below
+        many = x.is_cuda or q.shape[2] * k.shape[2] >= 2 ** 14      # fewer, on a CPU, are faster as written below
+        if many and maps is None:                                   # one kernel, which never holds the probabilities
             out = F.scaled_dot_product_attention(q, k, v)                               # (B, h, L, d)
         else:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                    # (B, h, L, M)

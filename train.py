@@ -28,8 +28,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DATASETS, hold_out, open_dataset, whole
-from diffusion import LOSSES, PROCESSES, RANK, SCHEDULES, Diffusion, Reconstruction
-from diffusion import choose_device, ema_decay, learning_rate, meet, trained, update_ema
+from diffusion import LOSSES, PROCESSES, RANK, SCHEDULES, Diffusion, Reconstruction, arithmetic, choose_device
+from diffusion import choose_precision, ema_decay, for_training, learning_rate, meet, update_ema
 from encoder import KINDS, ConceptEncoder
 from model import CONDITIONINGS, UNet
 from vae import Autoencoder, encode_all
@@ -61,8 +61,7 @@ class Settings:
     seed: int = setting(0, "of weights, batches and noise", low=0)
     device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
     checkpoint_minutes: float = setting(2.0, "minutes between checkpoints", low=0)
-    precision: str = setting("auto", "of tokens and U-Net in training (paper: not given); auto: bfloat16 on CUDA, "
-                             "else float32", ("auto", "float32", "bfloat16"))
+    precision: str = setting("auto", "in training; auto: bfloat16 on CUDA, or float32", ("auto", "float32", "bfloat16"))
     compile: str = setting("no", "torch.compile the networks: takes a minute or two, then saves time", ("no", "yes"))
     # first stage
     first_stage: str = setting("kl", "autoencoder with a Gaussian or a quantised latent (paper: vq)", ("kl", "vq"))
@@ -126,7 +125,7 @@ PRESETS = {
 FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
                "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas", "vae_warmup")
 MAY_CHANGE = ("out", "cache", "device", "compile", "steps", "checkpoint_minutes", "score_images")      # by --resume
-NOT_COMPARED = ("seed", *MAY_CHANGE[:4], "checkpoint_minutes", "score_images", "vae")       # by evaluate.py's table
+NOT_COMPARED = ("seed", "vae", "out", "cache", "device", "compile", "checkpoint_minutes", "score_images")   # in tables
 
 
 def parse(argv):
@@ -202,7 +201,7 @@ def build_diffusion(s):
 
 
 def draw(s, rows, diffusion, device):
-    """One step's image numbers (B,), noise levels (B,) and noise (B, Z, h, w), in s.accumulate parts.
+    """One step's image numbers (B,), on the CPU, noise levels (B,) and noise (B, Z, h, w), in s.accumulate parts.
 
     Under torchrun all processes draw the same and each takes its parts: together they do what one would alone.
     """
@@ -210,7 +209,7 @@ def draw(s, rows, diffusion, device):
     index = rows[torch.randint(len(rows), (B,))]                                        # (B,)
     t = diffusion.draw_t(B)                                                             # (B,)
     eps = torch.randn(B, *latent_shape(s), device=device)                               # (B, Z, h, w)
-    return [(index[k::K], t[k::K], eps[k::K]) for k in range(RANK, K, PROCESSES)]       # B / K of each
+    return [(index[k::K], t[k::K], eps[k::K]) for k in range(RANK, K, PROCESSES)]       # all levels in each
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------
@@ -257,6 +256,9 @@ def read_log(out):
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
+LOG_EVERY = 50                                                      # steps between two lines of the log
+
+
 class Progress:
     """How far one stage of a run is: its checkpoint, its lines in log.jsonl, its bar. `parts` have a state_dict."""
 
@@ -276,16 +278,16 @@ class Progress:
         self.bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, unit="step", mininterval=1.0,
                         disable=self.step >= self.steps or RANK > 0)
 
-    def after_step(self, loss, also):
-        """Counts a step; every so often logs its loss and saves. ValueError if loss or `also` is not finite."""
+    def after_step(self, loss, must_be_finite):
+        """Counts a step; every so often logs its loss and saves. ValueError if either scalar is not finite."""
         self.step += 1
         if self.step % LOG_EVERY and self.step < self.steps:
             return
-        means = torch.stack([loss.detach(), also.detach()]) / PROCESSES                 # (2,)
+        means = torch.stack([loss.detach(), must_be_finite.detach()]) / PROCESSES       # (2,)
         if PROCESSES > 1:
             dist.all_reduce(means)
-        loss, also = means.tolist()
-        if not math.isfinite(loss + also):
+        loss = means[0].item()
+        if not means.isfinite().all():
             raise ValueError(f"the {self.stage} loss is not a finite number at step {self.step}: training stopped, the "
                              "last checkpoint is kept; start again with a lower learning rate")
         if RANK > 0:
@@ -306,9 +308,6 @@ class Progress:
 
 # ---- the two stages -------------------------------------------------------------------------------
 
-LOG_EVERY = 50                                                      # steps between two lines of the log
-
-
 def train_first_stage(s, ds, rows, out, device):
     """Trains the autoencoder on L1 + KL or codebook (Rombach et al. 2022, section 3.1). Returns it, frozen."""
     torch.manual_seed(s.seed)
@@ -319,7 +318,7 @@ def train_first_stage(s, ds, rows, out, device):
     sample = lambda n: rows[torch.randint(len(rows), (n,))]                             # (n,)
     if progress.step == 0 and s.first_stage == "vq":
         vae.codebook.start_from(vae.encode(images_of(sample(s.vae_batch_size))))
-    loss_of = trained(vae, s.compile == "yes")
+    loss_of = for_training(vae, s.compile == "yes")
     progress.begin()
     while progress.step < s.vae_steps:
         images = images_of(sample(s.vae_batch_size)[RANK::PROCESSES])                   # (B / processes, 3, 64, 64)
@@ -339,16 +338,18 @@ def prepare(s, ds, vae, device, most=2 ** 31):
     """A function index (B,) -> images (B, 3, 64, 64) and their latents x_0 (B, Z, h, w), on the device.
 
     When training looks at more pictures than there are, all latents are computed once, if they take at most `most`
-    bytes; a GPU with room for it then keeps the pictures, too.
+    bytes; a GPU with room for them (twice while they are joined, and as much again) then keeps the pictures, too.
     """
     n = len(ds)
     if s.steps * s.batch_size <= n or 2 * n * math.prod(latent_shape(s)) > most:
         return lambda index: (images := ds.images(index).to(device), vae.encode(images))
-    room = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * n * 3 * 64 ** 2
+    room = device.type == "cuda" and torch.cuda.mem_get_info()[0] > 4 * n * 3 * 64 ** 2        # bytes
     parts = tqdm(torch.arange(n).split(512), desc="latents", unit="batch", mininterval=1.0, disable=RANK > 0)
     latents, pixels = encode_all(vae, ds.images, parts, device, room)                   # (n, Z, h, w), (n, 3, 64, 64)
-    images = lambda index: pixels[index] / 127.5 - 1 if room else ds.images(index).to(device)
-    return lambda index: (images(index), latents[index].float())
+    def batch(index):
+        there = index.to(device, non_blocking=True)                                     # (B,)
+        return pixels[there] / 127.5 - 1 if room else ds.images(index).to(device), latents[there].float()
+    return batch
 
 
 def train_tokens(s, ds, rows, vae, out, device):
@@ -362,24 +363,23 @@ def train_tokens(s, ds, rows, vae, out, device):
     progress = Progress(s, out, "tokens", "model.pt", s.steps, s.batch_size, device,
                         encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
     batch = prepare(s, ds, vae, device) if progress.step < s.steps else None
-    encoder, unet = (trained(part, s.compile == "yes") for part in (encoder, unet))
-    half = s.precision == "bfloat16" or s.precision == "auto" and device.type == "cuda"
+    encoder, unet = (for_training(part, s.compile == "yes") for part in (encoder, unet))
     progress.begin()
     while progress.step < s.steps:
         optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.steps, s.lr, s.warmup, s.decay)
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        for index, t, eps in draw(s, rows, diffusion, device):      # once, unless --accumulate
-            images, x_0 = batch(index)                                                  # (B, 3, 64, 64), (B, Z, h, w)
-            with torch.autocast(device.type if half else "cpu", torch.bfloat16, enabled=half):
-                tokens = encoder(images)                                                # (B, N, D)
-                part = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss) / s.accumulate
-            part.backward()
-            loss += part.detach()
+        for index, t, eps in draw(s, rows, diffusion, device):      # noise: (B,), (B,), (B, Z, h, w); B of a part
+            images, x_0 = batch(index)                              # data: (B, 3, 64, 64), (B, Z, h, w)
+            with arithmetic(s.precision, device):
+                tokens = encoder(images)                            # tokens: (B, N, D)
+                part_loss = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss)    # loss
+            (part_loss / s.accumulate).backward()
+            loss += part_loss.detach() / s.accumulate
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
-        optimizer.step()
-        update_ema(ema, unet, ema_decay(progress.step + 1, s.ema))
-        progress.after_step(loss, norm)
+        optimizer.step()                                            # step
+        update_ema(ema, unet, ema_decay(progress.step + 1, s.ema))  # average
+        progress.after_step(loss, norm)                             # log, checkpoint
 
 
 # ---- the run --------------------------------------------------------------------------------------
@@ -447,14 +447,14 @@ def settle(s, resume, given):
 
 def main(argv=None):
     """Trains and scores one run; returns its folder. Raises ValueError or OSError with one clear sentence."""
-    s, resume, given = parse(argv)
-    s = settle(s, resume, given)
+    s = settle(*parse(argv))
     check(s)
     device = choose_device(s.device)
+    s = dataclasses.replace(s, precision=choose_precision(s.precision, device))
     parts, out = [build_autoencoder(s), *build_networks(s)], Path(s.out)        # fails before anything is written
-    meet(device)
+    meet(device)                                                    # all have looked at the folder, in settle
     if RANK > 0:
-        meet(device)                                                # when the first process has come as far as below
+        meet(device)                                                # the first process has unpacked and written, below
     ds = open_dataset(s.data, s.cache, s.dataset)
     rows = torch.from_numpy(hold_out(ds, s.holdout, s.holdout_factors)[0])              # (n,), what training may see
     if RANK == 0:
@@ -484,11 +484,11 @@ def end_with(main):
     except (ValueError, OSError) as error:
         sentence = str(error)
     except torch.cuda.OutOfMemoryError:
-        sentence = "the GPU has too little memory: try a smaller --batch-size, or --accumulate 2"
+        sentence = "the GPU has too little memory: start anew with --accumulate 2 or a smaller --(vae-)batch-size"
     except RuntimeError as error:
-        if PROCESSES == 1:
+        if not isinstance(error, dist.DistError) and "onnection" not in str(error):     # as nccl and gloo report it
             raise
-        sentence = f"a process of this run has ended ({str(error)[:60]}..): go on from its checkpoint with --resume"
+        sentence = "a process of this run has ended: go on from the last checkpoint with --resume"
     except KeyboardInterrupt:
         print("\ninterrupted: a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)

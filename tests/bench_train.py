@@ -5,8 +5,9 @@
     python tests/bench_train.py --operations                # where the time of a training step goes, preset small
 
 Every network runs in a process of its own: token encoder, loss, gradient clipping, AdamW and weight average are this
-project's in all of them, on the same random pictures and latents; only the U-Net changes. Medians over the repeats.
-Prints tables and writes them to .github/results/bench_train-DEVICE.json, where a row replaces an older one.
+project's in all of them, on the same random pictures and latents; only the U-Net changes, and for DDIM the sampler.
+Medians over the repeats; DDIM once. Writes the rows to .github/results/bench_train-DEVICE.json, where a row replaces an
+older one of the same kind.
 """
 import argparse
 import copy
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train                                                        # noqa: E402
-from diffusion import Diffusion, choose_device, ema_decay, trained, update_ema      # noqa: E402
+from diffusion import Diffusion, arithmetic, choose_device, ema_decay, for_training, update_ema     # noqa: E402
 
 SAMPLES, DDIM_STEPS = 64, 50
 COLUMNS = ("preset", "U-Net", "M parameters", "batch", "precision", "compiled", "forward ms", "backward ms",
@@ -78,7 +79,7 @@ class Step:
     def __init__(self, preset, theirs, device, precision, compiled):
         torch.manual_seed(0)
         self.s = s = train.Settings(**{"preset": preset, **train.PRESETS[preset]})
-        self.theirs, self.device, self.half = theirs, device, precision == "bfloat16"
+        self.theirs, self.device, self.precision = theirs, device, precision
         encoder, unet = train.build_networks(s)
         unet = diffusers_unet(s) if theirs else unet
         self.modules = [part.to(device, memory_format=torch.channels_last) for part in (encoder, unet)]
@@ -86,7 +87,7 @@ class Step:
         self.parameters = [p for part in self.modules for p in part.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-5, s.betas, weight_decay=0.01,
                                            fused=device.type in ("cpu", "cuda"))
-        self.encoder, self.unet = (trained(part, compiled) for part in self.modules)
+        self.encoder, self.unet = (for_training(part, compiled) for part in self.modules)
         self.diffusion, B = Diffusion(s.schedule).to(device), s.batch_size
         self.images = torch.rand(B, 3, 64, 64, device=device) * 2 - 1                   # (B, 3, 64, 64)
         self.x_0 = torch.randn(B, *train.latent_shape(s), device=device)                # (B, Z, h, w)
@@ -94,7 +95,7 @@ class Step:
 
     def forward(self):
         t, eps = self.diffusion.draw_t(len(self.x_0)), torch.randn_like(self.x_0)
-        with torch.autocast(self.device.type if self.half else "cpu", torch.bfloat16, enabled=self.half):
+        with arithmetic(self.precision, self.device):
             tokens = self.encoder(self.images)                                          # (B, N, D)
             return self.diffusion.loss(lambda x, t: self.unet(x, t, tokens), self.x_0, t, eps)
 
@@ -110,16 +111,16 @@ class Step:
         self.update()
 
     @torch.no_grad()
-    def sample(self):
-        """Pictures by DDIM: ours, or the scheduler that belongs to diffusers' U-Net."""
+    def sample(self, steps=DDIM_STEPS):
+        """Latents by DDIM: ours, or the scheduler that belongs to diffusers' U-Net."""
         x_T = torch.randn(SAMPLES, *train.latent_shape(self.s), device=self.device)     # (64, Z, h, w)
         tokens = torch.randn(SAMPLES, self.s.tokens, self.s.token_dim, device=self.device)
-        with torch.autocast(self.device.type if self.half else "cpu", torch.bfloat16, enabled=self.half):
+        with arithmetic(self.precision, self.device):
             if not self.theirs:
-                return self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, tokens), x_T, DDIM_STEPS)
+                return self.diffusion.ddim_sample(lambda x, t: self.unet(x, t, tokens), x_T, steps)
             from diffusers import DDIMScheduler
             scheduler, x = DDIMScheduler(1000, 0.0015, 0.0155, "scaled_linear", clip_sample=False), x_T
-            scheduler.set_timesteps(DDIM_STEPS)
+            scheduler.set_timesteps(steps)
             for t in scheduler.timesteps:
                 x = scheduler.step(self.unet(x, t.to(self.device).expand(SAMPLES), tokens), t, x).prev_sample
             return x
@@ -130,21 +131,22 @@ def measure(preset, theirs, device, precision, compiled):
     device = choose_device(device)
     peak = matmul_peak(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     step = Step(preset, theirs, device, precision, compiled)
-    with FlopCounterMode(display=False) as counter:
-        Step(preset, theirs, device, "float32", False).whole()
     whole, forward = seconds(step.whole, device), seconds(step.forward, device)
     optimizer = seconds(step.update, device)
     memory = (torch.cuda.max_memory_allocated(device) / 2 ** 20 if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))
+    step.sample(2), wait(device)
     started = time.perf_counter()
     step.sample(), wait(device)
     ddim = time.perf_counter() - started
+    with FlopCounterMode(display=False) as counter:                 # last: it needs memory of its own
+        Step(preset, theirs, device, "float32", False).whole()
     million = sum(p.numel() for p in step.modules[1].parameters()) / 1e6
     return dict(zip(COLUMNS, (
         preset, "diffusers" if theirs else "ours", round(million, 2), step.s.batch_size, precision,
         "yes" if compiled else "no", round(1e3 * forward, 1), round(1e3 * (whole - forward - optimizer), 1),
         round(1e3 * optimizer, 1), round(step.s.batch_size / whole, 1), round(memory),
-        round(100 * counter.get_total_flops() / whole / peak), round(ddim, 2))))
+        round(100 * counter.get_total_flops() / whole / peak), round(ddim, 2))), torch=torch.__version__)
 
 
 def operations(steps=20):
@@ -189,17 +191,18 @@ def main():
     device = choose_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     results = ROOT / f".github/results/bench_train-{device.type}.json"
-    table = json.loads(results.read_text())["rows"] if results.exists() else []
+    table = json.loads(results.read_text()) if results.exists() else []
     print(f"torch {torch.__version__}, {name}; DDIM: {DDIM_STEPS} steps, {SAMPLES} images\n| " + " | ".join(COLUMNS) +
           " |\n|" + " --- |" * len(COLUMNS))
     for case in [(preset, theirs, str(device), precision, compiled == "yes") for preset in args.presets
                  for precision in args.precision for compiled in args.compile for theirs in (False, True)]:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             row = pool.submit(measure, *case).result()
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-        key = lambda row: [row[c] for c in ("preset", "U-Net", "precision", "compiled")]
+        row["device"] = name
+        print("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |", flush=True)
+        key = lambda row: [row[c] for c in ("preset", "U-Net", "precision", "compiled", "device", "torch")]
         table = [old for old in table if key(old) != key(row)] + [row]
-        results.write_text(json.dumps(dict(device=name, torch=torch.__version__, rows=table), indent=1) + "\n")
+        results.write_text("[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n")
 
 
 if __name__ == "__main__":
