@@ -67,7 +67,7 @@ def commands():
     """Every command line that the README shows in an indented or fenced block."""
     for line in README.splitlines():
         if line.startswith("    "):
-            yield from (part.split("#")[0].replace("$seed", "0").split() for part in line.split("&&"))
+            yield from (re.sub(r"\$\w+", "1", part.split("#")[0]).split() for part in line.split("&&"))
 
 
 def test_readme_commands_and_flags_exist(capsys):
