@@ -7,8 +7,8 @@ knows about tokens or networks: wherever a network is needed, the caller passes 
 and other prediction targets than eps, which EncDiff does not use.
 
 Exports: SCHEDULES, LOSSES, beta_schedule, Diffusion, Reconstruction (the paper's ablation without diffusion),
-learning_rate, ema_decay, update_ema, choose_device, choose_precision, arithmetic, for_training, and, for several
-processes, RANK, PROCESSES, meet.
+learning_rate, ema_decay, update_ema, choose_device, choose_precision, choose_compile, arithmetic, for_training; for
+several processes RANK, PROCESSES, meet.
 
 Letters (the papers'):  T steps, t in 0..T-1 (the papers count 1..T: our t is their t - 1), beta_t,
 alpha_t = 1 - beta_t, abar_t = product of alpha up to t, x_0 clean latent, x_t noisy latent, eps the
@@ -281,6 +281,17 @@ def choose_precision(name, device):
     return {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name)
 
 
+def choose_compile(name, device):
+    """"no" or "yes", as it was; ValueError when torch.compile does not work here (tried on one number)."""
+    if name == "yes":
+        try:
+            torch.compile(torch.sin)(torch.zeros(1, device=device))
+        except Exception as error:                                  # many kinds: no C++ compiler, no Triton, no support
+            why = str(error).split("\n")[0][:80]
+            raise ValueError(f"--compile yes does not work on this machine ({why}): leave it out") from None
+    return name
+
+
 def arithmetic(precision, device):
     """The context in which networks compute in "bfloat16" (their matrix products, that is) or in "float32"."""
     half = precision == "bfloat16"
@@ -303,11 +314,11 @@ def stop(*_):
     raise ConnectionError("a process of this run has ended: go on from the last checkpoint with --resume")
 
 
-def for_training(module, compiled=False):
-    """What a training loop calls for `module`: itself, compiled or not; under torchrun, its data-parallel wrapper.
+def for_training(module, compiled="no"):
+    """What a training loop calls for `module`: itself, compiled ("yes") or not; in several processes, its wrapper.
 
     The wrapper's gradients are means over the processes. Batch norm sees a process's own share of the batch only, and
     the running statistics that are kept are the first process's.
     """
-    module = torch.compile(module) if compiled else module
+    module = torch.compile(module) if compiled == "yes" else module
     return nn.parallel.DistributedDataParallel(module) if PROCESSES > 1 else module

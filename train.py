@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import DATASETS, hold_out, open_dataset, whole
 from diffusion import LOSSES, PROCESSES, RANK, SCHEDULES, Diffusion, Reconstruction, arithmetic, choose_device
-from diffusion import choose_precision, ema_decay, for_training, learning_rate, meet, update_ema
+from diffusion import choose_compile, choose_precision, ema_decay, for_training, learning_rate, meet, update_ema
 from encoder import KINDS, ConceptEncoder
 from model import CONDITIONINGS, UNet
 from vae import Autoencoder, encode_all
@@ -318,7 +318,7 @@ def train_first_stage(s, ds, rows, out, device):
     sample = lambda n: rows[torch.randint(len(rows), (n,))]                             # (n,)
     if progress.step == 0 and s.first_stage == "vq":
         vae.codebook.start_from(vae.encode(images_of(sample(s.vae_batch_size))))
-    loss_of = for_training(vae, s.compile == "yes")
+    loss_of = for_training(vae, s.compile)
     progress.begin()
     while progress.step < s.vae_steps:
         images = images_of(sample(s.vae_batch_size)[RANK::PROCESSES])                   # (B / processes, 3, 64, 64)
@@ -363,7 +363,7 @@ def train_tokens(s, ds, rows, vae, out, device):
     progress = Progress(s, out, "tokens", "model.pt", s.steps, s.batch_size, device,
                         encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
     batch = prepare(s, ds, vae, device) if progress.step < s.steps else None
-    encoder, unet = (for_training(part, s.compile == "yes") for part in (encoder, unet))
+    encoder, unet = (for_training(part, s.compile) for part in (encoder, unet))
     progress.begin()
     while progress.step < s.steps:
         optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.steps, s.lr, s.warmup, s.decay)
@@ -450,7 +450,8 @@ def main(argv=None):
     s = settle(*parse(argv))
     check(s)
     device = choose_device(s.device)
-    s = dataclasses.replace(s, precision=choose_precision(s.precision, device))
+    s = dataclasses.replace(s, precision=choose_precision(s.precision, device),
+                            compile=choose_compile(s.compile, device))
     parts, out = [build_autoencoder(s), *build_networks(s)], Path(s.out)        # fails before anything is written
     meet(device)                                                    # all have looked at the folder, in settle
     if RANK > 0:
@@ -464,8 +465,7 @@ def main(argv=None):
                 shutil.copyfile(Path(s.vae) / "vae.pt", temporary)
         write_json(out / "settings.json", dataclasses.asdict(s))
         print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
-        for name, part in zip(("autoencoder", "token encoder", "U-Net"), parts):
-            print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters")
+        print(*(f"{type(p).__name__}: {sum(w.numel() for w in p.parameters()):,} parameters" for p in parts), sep="\n")
         meet(device)
     vae = train_first_stage(s, ds, rows, out, device)
     train_tokens(s, ds, rows, vae, out, device)

@@ -87,7 +87,7 @@ class Step:
         self.parameters = [p for part in self.modules for p in part.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-5, s.betas, weight_decay=0.01,
                                            fused=device.type in ("cpu", "cuda"))
-        self.encoder, self.unet = (for_training(part, compiled) for part in self.modules)
+        self.encoder, self.unet = (for_training(part, "yes" if compiled else "no") for part in self.modules)
         self.diffusion, B = Diffusion(s.schedule).to(device), s.batch_size
         self.images = torch.rand(B, 3, 64, 64, device=device) * 2 - 1                   # (B, 3, 64, 64)
         self.x_0 = torch.randn(B, *train.latent_shape(s), device=device)                # (B, Z, h, w)

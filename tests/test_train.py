@@ -105,6 +105,16 @@ def test_bfloat16_learns_as_float32_does(quick, tmp_path):
     assert logs[0] != logs[1] and all(abs(a - b) < 0.02 for a, b in zip(*logs))
 
 
+def test_compiling_where_it_cannot_be_done_is_refused(quick, tmp_path, monkeypatch):
+    def broken(function):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match="--compile yes.*no working C.*leave it out"):
+        train.main([*SMALL, "--compile", "yes", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_networks_give_the_same_losses(quick, tmp_path):
     flags, logs = [*SMALL, "--multipliers", "1", "--attention-levels", "1", "--steps", "8"], []
