@@ -1,22 +1,24 @@
 """The diffusion half of EncDiff: noise schedules, forward process, loss, samplers; and what training it leans on.
 
 Implements DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and the cosine schedule (Nichol and Dhariwal
-2021), as latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. Nothing here
-knows about tokens or networks: wherever a network is needed, the caller passes a function
+2021), as latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. They know nothing
+about tokens or networks: wherever a network is needed, the caller passes a function
 `denoise(x_t, t) -> eps`, for example `lambda x, t: unet(x, t, tokens)`. Left out: learned variances
 and other prediction targets than eps, which EncDiff does not use.
 
 Exports: SCHEDULES, LOSSES, beta_schedule, Diffusion, Reconstruction (the paper's ablation without diffusion),
 learning_rate, ema_decay, update_ema, choose_device, choose_precision, choose_compile, arithmetic, for_training; for
-several processes RANK, PROCESSES, meet.
+several processes RANK, PROCESSES (read from the environment when the file is imported), meet; and end_with.
 
 Letters (the papers'):  T steps, t in 0..T-1 (the papers count 1..T: our t is their t - 1), beta_t,
 alpha_t = 1 - beta_t, abar_t = product of alpha up to t, x_0 clean latent, x_t noisy latent, eps the
 noise in it.  Shapes: B batch, C channels, H, W height and width.
 """
+import datetime
 import math
 import os
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -162,10 +164,10 @@ class Diffusion(nn.Module):
     def ddim_sample(self, denoise, x_T, steps=50, eta=0.0, generator=None):
         """DDIM over `steps` of the T noise levels. x_T: (B, C, H, W) standard normal. Returns x_0, like x_T.
 
-        eta: 0 (deterministic) to 1 (over all T levels: the same as ddpm_sample). The levels are evenly spaced
-        from 0 up (latent diffusion's from 1), so that the highest, T - T / steps, stays clear of the last: with
-        the cosine schedule abar is so small there that x_0 could not be told from the noise prediction. Few
-        steps therefore start low; one step is at level 0.
+        eta: 0 (deterministic) to 1 (over all T levels: the same as ddpm_sample).
+        DEVIATION: the levels are evenly spaced from 0 up (latent diffusion's from 1), so that the highest, about
+        T - T / steps, stays clear of the last: with the cosine schedule abar is so small there that x_0 could not
+        be told from the noise prediction. Few steps therefore start low; one step is at level 0.
         """
         if not 1 <= steps <= self.steps:
             raise ValueError(f"DDIM can take 1 to {self.steps} steps of this schedule, not {steps}")
@@ -257,7 +259,7 @@ def update_ema(ema, model, decay):
 
 
 # torchrun starts a script several times and tells each process which of how many it is; started alone, it is 0 of 1.
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def choose_device(name):
@@ -266,11 +268,12 @@ def choose_device(name):
         mps = torch.backends.mps.is_available() and PROCESSES == 1              # gradients cannot be exchanged there
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.startswith("cuda") and PROCESSES > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"                     # one GPU a process
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error)[:60]}..): try auto or cpu") from None
+        raise ValueError(f"--device {name} cannot be used here ({str(error)[:60]}..): try cpu, or fewer processes "
+                         "where there are not as many GPUs") from None
     return torch.device(name)
 
 
@@ -288,7 +291,7 @@ def choose_compile(name, device):
             torch.compile(torch.sin)(torch.zeros(1, device=device))
         except Exception as error:                                  # many kinds: no C++ compiler, no Triton, no support
             why = str(error).split("\n")[0][:80]
-            raise ValueError(f"--compile yes does not work on this machine ({why}): leave it out") from None
+            raise ValueError(f"--compile yes does not work on this machine ({why}): give --compile no") from None
     return name
 
 
@@ -304,14 +307,19 @@ def meet(device):
         signal.signal(signal.SIGTERM, stop)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        wait = datetime.timedelta(days=1)                           # while the first process unpacks a large file
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     if PROCESSES > 1:
         dist.barrier()
 
 
+class Ended(BaseException):
+    """Another process has ended; no Exception, so that nobody takes it for a damaged file or a full disk."""
+
+
 def stop(*_):
     """What torchrun asks of the other processes when one has ended."""
-    raise ConnectionError("a process of this run has ended: go on from the last checkpoint with --resume")
+    raise Ended
 
 
 def for_training(module, compiled="no"):
@@ -322,3 +330,23 @@ def for_training(module, compiled="no"):
     """
     module = torch.compile(module) if compiled == "yes" else module
     return nn.parallel.DistributedDataParallel(module) if PROCESSES > 1 else module
+
+
+def end_with(main):
+    """Runs main() for the command line: what goes wrong ends it with one sentence and exit code 2."""
+    try:
+        return main()
+    except (ValueError, OSError) as error:
+        sentence = str(error)
+    except (Ended, MemoryError, RuntimeError) as error:
+        if isinstance(error, (Ended, dist.DistError)) or "onnection" in str(error):         # as nccl and gloo report it
+            sentence = "a process of this run has ended (see its message): go on from the last checkpoint with --resume"
+        elif isinstance(error, MemoryError) or "out of memory" in str(error) or "CPUAllocator" in str(error):
+            sentence = "too little memory: a smaller --vae-batch-size or --batch-size, or --accumulate 2, needs less"
+        else:
+            raise
+    except KeyboardInterrupt:
+        print("\ninterrupted: a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

@@ -106,9 +106,9 @@ class SlotTokens(nn.Module):
     slot n means the same in every picture; the position embedding is a learned table.
     """
 
-    def __init__(self, width, places, n_tokens, token_dim, iterations=3, eps=1e-8):
+    def __init__(self, width, places, n_tokens, token_dim, iterations=3, tiny=1e-8):
         super().__init__()
-        self.iterations, self.eps = iterations, eps
+        self.iterations, self.tiny = iterations, tiny
         self.position = nn.Parameter(torch.randn(places, width) * 0.02)                 # (L, C)
         self.start = nn.Parameter(torch.randn(n_tokens, width))                         # (N, C)
         self.norm_inputs, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -126,7 +126,7 @@ class SlotTokens(nn.Module):
         slots = self.start.expand(len(x), -1, -1)                                       # (B, N, C)
         for _ in range(self.iterations):
             q = self.to_q(self.norm_slots(slots))                                       # (B, N, C)
-            share = (k @ q.transpose(1, 2)).softmax(dim=-1) + self.eps                  # (B, L, N), over slots
+            share = (k @ q.transpose(1, 2)).softmax(dim=-1) + self.tiny                 # (B, L, N), over slots
             share = share / share.sum(1, keepdim=True)                                  # weights of a mean over L
             updates = share.transpose(1, 2) @ v                                         # (B, N, C)
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(updates)       # (B, N, C)

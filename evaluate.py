@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import train
 from data import hold_out, open_dataset, reading, whole
-from diffusion import SCHEDULES, Diffusion
+from diffusion import SCHEDULES, Diffusion, end_with
 from encoder import number_coder
 from model import attention_pictures, rise_of_loss
 
@@ -39,9 +39,8 @@ def checked(z, y, points=1):
     if not np.isfinite(z).all():
         raise ValueError(f"{(~np.isfinite(z)).any(1).sum()} of {len(z)} points have codes that are NaN or infinite")
     classes = [np.unique(column, return_inverse=True) for column in y.T]
-    for k, (values, _) in enumerate(classes):
-        if len(values) < 2:
-            raise ValueError(f"factor {k} has one value in these {len(y)} points: leave it out, it cannot be scored")
+    if constant := [k for k, (values, _) in enumerate(classes) if len(values) < 2]:
+        raise ValueError(f"factor {constant[0]} has one value in these {len(y)} points: leave it out, it has no score")
     if len(z) < points:
         raise ValueError(f"DCI needs {points} points, {len(z)} are there: give more, or leave it out by --metrics")
     return z.astype(np.float32), np.stack([inverse for _, inverse in classes], axis=1)
@@ -271,6 +270,8 @@ PSNR_IMAGES, DDIM_STEPS, ETA = 256, 50, 0.0
 def score_codes(z, y, metrics, seed=0):
     """The named metrics of codes z (n, N) with factors y (n, K): scores, the protocol's constants, and seconds."""
     scores, protocol, seconds = {}, {}, {}
+    if metrics and y is None:
+        raise ValueError("these images have neither factors nor attributes, by which codes could be scored")
     for name in metrics:
         started = time.monotonic()
         result = METRICS[name](z, y, seed)
@@ -315,10 +316,8 @@ class Run:
         y = self.ds.attributes[self.index] if self.ds.attribute_names else None
         y = self.ds.factors(self.index).numpy() if self.ds.factor_names else y
         kept = self.folder / f"codes-{self.step}.npy"
-        if kept.exists() and self.data is None:
-            z = np.load(kept)
-            if z.shape == (len(self.index), self.settings.tokens):
-                return z, y
+        if kept.exists() and not self.data and (z := np.load(kept)).shape == (len(self.index), self.settings.tokens):
+            return z, y
         code = number_coder(self.encoder, (self.images(part) for part in np.array_split(self.rows(10000), 40)))
         parts = tqdm(np.array_split(self.index, -(-len(self.index) // batch_size)), desc="codes", unit="batch")
         z = torch.cat([code(self.images(part)).cpu() for part in parts]).numpy()        # (n, N)
@@ -529,12 +528,13 @@ def held_out(run, z, y):
     seen, unseen = (np.random.default_rng(0).permutation(np.flatnonzero(np.isin(run.index, part))) for part in parts)
     n = min(10000, 2 * len(seen) // 3)                              # seen images from which the trees learn
     for name, rows in (("seen", seen[n:n + 5000]), ("unseen", unseen[:5000])):
+        if not len(rows):
+            continue                                                # none of them is among the images that are scored
         images = run.images(run.index[rows[:PSNR_IMAGES]])                              # (B, 3, 64, 64)
         rebuilt = run.decode(run.encoder(images), name)                                 # (B, 3, 64, 64)
         result[name] = dict(images=len(rows), mse=(rebuilt - images).square().mean().item() / 4)
         if run.ds.factor_names:
-            accuracy = dci(z[seen[:n]], y[seen[:n]], z[rows], y[rows])["accuracy"]
-            result[name].update(zip(run.ds.factor_names, accuracy))
+            result[name].update(zip(run.ds.factor_names, dci(z[seen[:n]], y[seen[:n]], z[rows], y[rows])["accuracy"]))
         print(f"{name} images:", *(f"{key} {value:.4g}" for key, value in result[name].items()))
     return result
 
@@ -597,4 +597,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.end_with(main)
+    end_with(main)

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -28,8 +27,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DATASETS, hold_out, open_dataset, whole
-from diffusion import LOSSES, PROCESSES, RANK, SCHEDULES, Diffusion, Reconstruction, arithmetic, choose_device
-from diffusion import choose_compile, choose_precision, ema_decay, for_training, learning_rate, meet, update_ema
+from diffusion import LOSSES, PROCESSES, RANK, SCHEDULES, Diffusion, Reconstruction, arithmetic, choose_compile
+from diffusion import choose_device, choose_precision, ema_decay, end_with, for_training, learning_rate, meet
+from diffusion import update_ema
 from encoder import KINDS, ConceptEncoder
 from model import CONDITIONINGS, UNet
 from vae import Autoencoder, encode_all
@@ -49,7 +49,8 @@ def setting(default, help, choices=None, low=None, high=math.inf):
 
 @dataclasses.dataclass
 class Settings:
-    """Everything a run depends on. The defaults are preset small; "paper:" gives the paper's value."""
+    """Everything a run depends on. The defaults are preset small; "paper:" gives its value or, where it gives none, its
+    official code's."""
     preset: str = setting("small", "sizes and constants to start from", ("tiny", "small", "paper"))
     # run
     data: str = setting("", "a data file or a folder of images; empty: the built-in world")
@@ -58,10 +59,11 @@ class Settings:
     holdout: float = setting(0.0, "share of the images that training never sees", low=0, high=0.99)
     holdout_factors: str = setting("", 'combinations that training never sees, such as "floor_hue=3,shape=1;scale=0"')
     out: str = setting("", "run folder; empty: runs/<data>-<preset>-<seed>")
-    seed: int = setting(0, "of weights, batches and noise", low=0)
+    seed: int = setting(0, "of weights, batches and noise", low=0, high=2 ** 32)
     device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
     checkpoint_minutes: float = setting(2.0, "minutes between checkpoints", low=0)
-    precision: str = setting("auto", "in training; auto: bfloat16 on CUDA, or float32", ("auto", "float32", "bfloat16"))
+    precision: str = setting("auto", "auto: bfloat16 on CUDA, or float32 (paper: float32)",
+                             ("auto", "float32", "bfloat16"))
     compile: str = setting("no", "torch.compile the networks: takes a minute or two, then saves time", ("no", "yes"))
     # first stage
     first_stage: str = setting("kl", "autoencoder with a Gaussian or a quantised latent (paper: vq)", ("kl", "vq"))
@@ -163,7 +165,7 @@ def check(s):
             raise ValueError(f"--{flag(field.name)} {value}: must be {'whole, ' * (kind is int)}from {low} to {high}")
     if len(s.betas) != 2 or len(s.vae_betas) != 2:
         raise ValueError(f"--betas {s.betas}, --vae-betas {s.vae_betas}: give two numbers each, such as 0.9,0.99")
-    if s.batch_size % (PROCESSES * s.accumulate) or s.vae_batch_size % PROCESSES:
+    if s.batch_size % (PROCESSES * s.accumulate) or s.vae_batch_size % PROCESSES and not s.vae:
         raise ValueError(f"--batch-size {s.batch_size} must be a multiple of processes x --accumulate, {PROCESSES} x "
                          f"{s.accumulate}, and --vae-batch-size {s.vae_batch_size} one of the processes")
     if 0 < s.score_images < 15000:
@@ -209,7 +211,7 @@ def draw(s, rows, diffusion, device):
     index = rows[torch.randint(len(rows), (B,))]                                        # (B,)
     t = diffusion.draw_t(B)                                                             # (B,)
     eps = torch.randn(B, *latent_shape(s), device=device)                               # (B, Z, h, w)
-    return [(index[k::K], t[k::K], eps[k::K]) for k in range(RANK, K, PROCESSES)]       # all levels in each
+    return [(index[k::K], t[k::K], eps[k::K]) for k in range(RANK, K, PROCESSES)]       # each spans all levels
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------
@@ -224,7 +226,17 @@ def load(path, *parts):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: the folder holds no such checkpoint") from None
     except Exception as error:                                      # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        why = (str(error) or "it is cut short").split("\n")[0]
+        raise ValueError(f"{path} is not a readable checkpoint ({why})") from None
+
+
+def fill(path, saved, **parts):
+    """Puts the states in a checkpoint into these parts. ValueError with one sentence where one does not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (RuntimeError, ValueError):
+        raise ValueError(f"{path} does not fit the settings.json beside it: were two runs mixed?") from None
 
 
 def save(path, s, step, device, **parts):
@@ -242,8 +254,7 @@ def restore(path, device, **parts):
     if not path.exists():
         return 0
     saved = load(path, *parts, "step", "random")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
+    fill(path, saved, **parts)
     torch.set_rng_state(saved["random"]["cpu"])
     if device.type == "cuda" and saved["random"]["cuda"] is not None:
         torch.cuda.set_rng_state(saved["random"]["cuda"], device)
@@ -338,12 +349,13 @@ def prepare(s, ds, vae, device, most=2 ** 31):
     """A function index (B,) -> images (B, 3, 64, 64) and their latents x_0 (B, Z, h, w), on the device.
 
     When training looks at more pictures than there are, all latents are computed once, if they take at most `most`
-    bytes; a GPU with room for them (twice while they are joined, and as much again) then keeps the pictures, too.
+    bytes; a GPU that has four times the memory that pictures and latents need then keeps the pictures, too.
     """
     n = len(ds)
     if s.steps * s.batch_size <= n or 2 * n * math.prod(latent_shape(s)) > most:
         return lambda index: (images := ds.images(index).to(device), vae.encode(images))
-    room = device.type == "cuda" and torch.cuda.mem_get_info()[0] > 4 * n * 3 * 64 ** 2        # bytes
+    needed = n * (3 * 64 ** 2 + 2 * math.prod(latent_shape(s)))                         # bytes
+    room = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * needed
     parts = tqdm(torch.arange(n).split(512), desc="latents", unit="batch", mininterval=1.0, disable=RANK > 0)
     latents, pixels = encode_all(vae, ds.images, parts, device, room)                   # (n, Z, h, w), (n, 3, 64, 64)
     def batch(index):
@@ -407,12 +419,8 @@ def load_run(out, device):
     s, out = read_settings(out), Path(out)
     first_stage, model = load(out / "vae.pt", "vae"), load(out / "model.pt", "encoder", "ema", "step")
     vae, (encoder, unet) = build_autoencoder(s), build_networks(s)
-    try:
-        vae.load_state_dict(first_stage["vae"])
-        encoder.load_state_dict(model["encoder"])
-        unet.load_state_dict(model["ema"])
-    except RuntimeError:
-        raise ValueError(f"{out}: its checkpoints do not fit its settings.json: were two runs mixed?") from None
+    fill(out / "vae.pt", first_stage, vae=vae)
+    fill(out / "model.pt", model, encoder=encoder, ema=unet)
     parts = [part.to(device).eval().requires_grad_(False) for part in (vae, encoder, unet)]
     return s, *parts, model["step"]
 
@@ -423,10 +431,12 @@ def settle(s, resume, given):
     s = dataclasses.replace(s, out=str(out))
     if resume:
         old = read_settings(out)
-        changed = [name for name in given if name not in MAY_CHANGE and getattr(s, name) != getattr(old, name)]
+        changed = [name for name in given if name not in MAY_CHANGE and given[name] not in ("auto", getattr(old, name))]
         if changed:
             raise ValueError("--resume with other settings than the run was started with: " + ", ".join(
                 f"--{flag(name)} was {getattr(old, name)}, not {getattr(s, name)}" for name in changed))
+        if (out / "model.pt").exists() and load(out / "model.pt", "step")["step"] > given.get("steps", math.inf):
+            raise ValueError(f"--steps {s.steps}: {out} has taken more already")
         return dataclasses.replace(old, out=str(out), **{k: given[k] for k in MAY_CHANGE if k in given and k != "out"})
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: choose another folder with --out; or, if it holds a run, continue "
@@ -475,25 +485,6 @@ def main(argv=None):
         import evaluate                                             # here, because evaluate.py imports this file
         evaluate.main([str(out), "--device", str(device)])
     return out
-
-
-def end_with(main):
-    """Runs main() for the command line: what goes wrong ends it with one sentence and exit code 2."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        sentence = str(error)
-    except torch.cuda.OutOfMemoryError:
-        sentence = "the GPU has too little memory: start anew with --accumulate 2 or a smaller --(vae-)batch-size"
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "onnection" not in str(error):     # as nccl and gloo report it
-            raise
-        sentence = "a process of this run has ended: go on from the last checkpoint with --resume"
-    except KeyboardInterrupt:
-        print("\ninterrupted: a training run goes on from its last checkpoint with --resume", file=sys.stderr)
-        sys.exit(130)
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

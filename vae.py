@@ -20,7 +20,11 @@ import torch.nn.functional as F
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a residual."""
+    """Two 3x3 convolutions with a residual.
+
+    DEVIATION: the norms' eps is PyTorch's 1e-5 (latent diffusion's 1e-6), and the convolutions that halve, below,
+    pad all four sides (latent diffusion's the right and the bottom).
+    """
 
     def __init__(self, channels_in, channels, groups):
         super().__init__()
@@ -191,7 +195,9 @@ class Autoencoder(nn.Module):
 
 @torch.no_grad()
 def encode_all(vae, images_of, parts, device, keep_pixels=False):
-    """The latents of all pictures, computed once because the autoencoder is frozen: (n, Z, h, w) float16.
+    """The latents of all pictures, computed once because the autoencoder is frozen: (n, Z, h, w).
+
+    DEVIATION: they are kept in float16; the authors encode each batch anew.
 
     images_of: index (b,) -> (b, 3, H, W) in [-1, 1]; parts: the numbers 0..n-1 in batches. Returns the latents and,
     with keep_pixels, the pictures (n, 3, H, W) uint8, else None; both on the device, twice their size while joined.

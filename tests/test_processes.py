@@ -87,6 +87,7 @@ def test_two_processes_do_what_one_does_in_two_parts(alone, tmp_path):
     assert max(abs(x - y) for x, y in zip(losses(whole), losses(tmp_path / "two"))) < 0.05
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in Linux's /proc")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, victim):
     out = tmp_path / "run"

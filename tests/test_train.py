@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
+import diffusion
 import evaluate
 import train
+from diffusion import Ended
 from train import Settings, learning_rate, load, parse, read_log, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,6 +186,12 @@ def test_resume_may_go_on_longer_but_not_differ(quick, tmp_path):
     assert load(tmp_path / "run" / "model.pt")["step"] == 35
     with pytest.raises(ValueError, match="--lr was 0.003, not 0.5"):
         train.main(["--resume", "--out", out, "--lr", "0.5"])
+    with pytest.raises(ValueError, match="--steps 34: .* has taken more already"):
+        train.main(["--resume", "--out", out, "--steps", "34"])
+    with pytest.raises(ValueError, match="--precision was float32, not bfloat16"):
+        train.main(["--resume", "--out", out, "--precision", "bfloat16"])
+    train.main(["--resume", "--out", out, "--precision", "auto", "--steps", "36"])
+    assert train.read_settings(out).steps == 36 == load(tmp_path / "run" / "model.pt")["step"]
 
 
 def test_nothing_is_overwritten(quick, tmp_path):
@@ -275,11 +284,44 @@ def test_damaged_and_missing_checkpoints(tmp_path):
     (tmp_path / "model.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load(tmp_path / "model.pt")
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load(tmp_path / "model.pt")
+
+
+def test_checkpoints_of_another_configuration_are_not_resumed(quick, tmp_path):
+    out = train.main([*SMALL, "--out", str(tmp_path / "run")])
+    other = train.main([*SMALL, "--tokens", "7", "--out", str(tmp_path / "other")])
+    shutil.copyfile(other / "model.pt", out / "model.pt")
+    with pytest.raises(ValueError, match="model.pt does not fit the settings.json beside it"):
+        train.main(["--resume", "--out", str(out), "--steps", "40"])
+
+
+def test_what_stops_a_process_is_not_taken_for_something_else(tmp_path):
+    """The signal that another process has ended may come while a file is written or read."""
+    for work in (data.whole(tmp_path / "file"), data.reading(tmp_path / "file")):
+        with pytest.raises(Ended), work:
+            diffusion.stop()
+
+
+@pytest.mark.parametrize("error, code, word", [(ValueError("a flag"), 2, "a flag"), (Ended(), 2, "--resume"),
+                                               (MemoryError(), 2, "--batch-size"), (KeyboardInterrupt(), 130, "--resume"),
+                                               (RuntimeError("DefaultCPUAllocator: can't allocate"), 2, "--batch-size"),
+                                               (RuntimeError("Connection closed by peer"), 2, "--resume")])
+def test_errors_end_the_command_line_with_one_sentence(capsys, error, code, word):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as end:
+        diffusion.end_with(main)
+    assert end.value.code == code and word in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):                # is not hidden
+        diffusion.end_with(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 @pytest.mark.parametrize("flags, word", [("--tokens 0", "--tokens"), ("--steps -3", "--steps"), ("--heads 3", "3 heads"),
                                          ("--lr 0", "--lr"), ("--patch 3", "patch 3"), ("--ema 1", "--ema"),
-                                         ("--device quantum", "quantum"), ("--multipliers 1,2,2,2,2", "5 levels cannot halve 8x8"),
+                                         ("--device quantum", "quantum"), ("--device meta", "meta"),
+                                         ("--seed 4294967297", "--seed"), ("--multipliers 1,2,2,2,2", "5 levels cannot halve 8x8"),
                                          ("--lr nan", "--lr"), ("--attention-levels 3", "2 levels cannot attend at 3"), ("--vae-betas 0.9", "--vae-betas"),
                                          ("--channels 33", "channels must be even"), ("--multipliers 1.5,2", "--multipliers"), ("--encoder-strides 3,2", "strides")])
 def test_impossible_values_write_nothing(quick, tmp_path, flags, word):
