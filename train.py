@@ -100,8 +100,8 @@ class Settings:
     schedule: str = setting("linear", "noise schedule, beta_t (paper: linear)", SCHEDULES)
     loss: str = setting("l1", "of the predicted noise (paper's code: l1)", LOSSES)
     # optimisation
-    steps: int = setting(24000, "training steps of tokens and U-Net (paper: not given)")
-    batch_size: int = setting(32, "images a step, B (paper: 128)")
+    steps: int = setting(36000, "training steps of tokens and U-Net (paper: not given)")
+    batch_size: int = setting(16, "images a step, B (paper: 128)")
     accumulate: int = setting(1, "parts that a batch is computed in, for little memory (paper: 1)")
     lr: float = setting(3e-3, "highest learning rate (paper: 2.56e-4)")
     betas: tuple = setting((0.9, 0.99), "of its AdamW (paper: 0.9,0.999)", low=0, high=0.9999)
@@ -117,7 +117,7 @@ class Settings:
 # chosen by experiment for two CPU cores. In "paper" the two numbers of steps are ours: the paper does not give them.
 PRESETS = {
     "small": {},
-    "tiny": dict(vae_steps=400, steps=700, warmup=100, score_images=30000),
+    "tiny": dict(vae_steps=400, steps=700, batch_size=32, warmup=100, score_images=30000),
     "paper": dict(first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32, patch=1,
                   latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9),
                   vae_warmup=0, encoder_width=128, encoder_strides=(2, 2, 2, 2), channels=64,

@@ -9,10 +9,11 @@ latent is multiplied by one over its standard deviation, kept here as the buffer
 DEVIATION: neither a perceptual (LPIPS) nor a patch-discriminator term (the authors' first-stage
 configuration uses both): LPIPS needs downloaded weights. The loss is L1 + codebook (or KL) alone.
 
-Exports: Autoencoder.
+Exports: Autoencoder, encode_all.
 
 Letters:  B batch, C channels of a feature map, Z latent channels, H, W height and width, h, w those of
-the latent, V vectors in the codebook.  With the defaults, the paper's setting: 64x64x3 -> 16x16x3.
+the latent, V vectors in the codebook, z the latent before it is scaled.
+With the defaults, the paper's setting: 64x64x3 -> 16x16x3.
 """
 import torch
 import torch.nn as nn
