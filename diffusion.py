@@ -335,7 +335,11 @@ def for_training(module, compiled="no"):
 def end_with(main):
     """Runs main() for the command line: what goes wrong ends it with one sentence and exit code 2."""
     try:
-        return main()
+        try:
+            return main()
+        finally:
+            if PROCESSES > 1:                                       # from here on, to be told to stop is no news
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except (ValueError, OSError) as error:
         sentence = str(error)
     except (Ended, MemoryError, RuntimeError) as error:
