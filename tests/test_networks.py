@@ -78,10 +78,10 @@ def test_output_depends_on_t_and_on_each_image_alone():
     assert (alone - out[1:]).abs().max() < 1e-4
 
 
-def test_attention_maps_are_probabilities_and_cost_the_result_nothing():
+def test_attention_maps_are_probabilities_and_the_kernel_computes_the_same():
     unet, (x, t, tokens) = small_unet(), inputs()
-    maps = []
-    assert torch.equal(unet(x, t, tokens, maps), unet(x, t, tokens))
+    maps, out = [], unet(x, t, tokens)                              # without maps: PyTorch's kernel
+    assert (unet(x, t, tokens, maps) - out).abs().max() < 1e-5 < 1e-2 < out.abs().max()
     blocks = sum(isinstance(m, TransformerBlock) for m in unet.modules())
     assert len(maps) == blocks == 4                                 # one down, the middle, two up
     assert maps[0].shape == (2, 2, 60, 7) and maps[1].shape == (2, 2, 15, 7)      # (B, heads, L, N)
