@@ -184,6 +184,8 @@ class Diffusion(nn.Module):
 class Reconstruction(nn.Module):
     """The paper's ablation without diffusion, in Diffusion's place: one step from a fixed input to x_0.
 
+    DEVIATION: the network is the U-Net of all other runs, so that one thing changes; the paper has a plain decoder.
+
     The network sees the same draw of N(0, I) whatever the picture is, at t = 0, so that all it knows comes from
     the tokens; there is no noise level and nothing to remove. shape: (C, H, W) of the latent.
     """
@@ -272,8 +274,9 @@ def choose_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error)[:60]}..): try cpu, or fewer processes "
-                         "where there are not as many GPUs") from None
+        why = str(error).split("\n")[0][:80]
+        fewer = ", or fewer processes: there may not be as many GPUs" if PROCESSES > 1 else ""
+        raise ValueError(f"--device {name} cannot be used here ({why}): try cpu{fewer}") from None
     return torch.device(name)
 
 
@@ -281,7 +284,10 @@ def choose_precision(name, device):
     """"auto", "bfloat16" or "float32" -> one of the latter two; ValueError when the device cannot do it."""
     if name == "bfloat16" and device.type not in ("cpu", "cuda"):
         raise ValueError(f"--precision bfloat16 works on CPUs and CUDA GPUs, not on {device.type}")
-    return {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name)
+    if name != "auto":
+        return name
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8   # older GPUs only emulate it
+    return "bfloat16" if fast else "float32"
 
 
 def choose_compile(name, device):

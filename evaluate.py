@@ -199,14 +199,12 @@ def beta_vae_score(z, y, seed=0, points=(10000, 5000), batch=64):
     x, target = F.pad(torch.from_numpy(x), (0, 1), value=1.0), torch.from_numpy(factor) # (points, N + 1), with a bias
     weight = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)                    # (N + 1, K)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
-
     def closure():
         optimizer.zero_grad()
         penalty = weight[:-1].square().sum() / (2 * points[0])                          # as scikit-learn's C = 1
         loss = F.cross_entropy(x[:points[0]] @ weight, target[:points[0]]) + penalty
         loss.backward()
         return loss
-
     optimizer.step(closure)
     return ((x[points[0]:] @ weight).argmax(1) == target[points[0]:]).float().mean().item()
 
@@ -288,7 +286,7 @@ def score_codes(z, y, metrics, seed=0):
 class Run:
     """A finished run, from its folder alone. data: another data file to look at with it."""
     def __init__(self, folder, data=None, device="auto"):
-        self.data, self.device = data, train.choose_device(device)
+        self.data, self.device, self.importance = data, train.choose_device(device), None  # by DCI, (N, K), later
         self.folder = Path(folder) / f"on-{Path(data).stem}" if data else Path(folder)  # where results go
         self.settings, self.vae, self.encoder, self.unet, self.step = train.load_run(folder, self.device)
         self.seconds = max([x["seconds"] for x in train.read_log(folder) if x["stage"] == "tokens"], default=0.0)
@@ -297,10 +295,7 @@ class Run:
         self.diffusion = train.build_diffusion(self.settings).to(self.device)
         self.images = lambda index: self.ds.images(index).to(self.device)               # (B,) -> (B, 3, 64, 64)
         self.noise = lambda shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        self.importance = None                                      # (N, K) by DCI, once it is known
-        self.lacks = (["traversal"] * (self.settings.encoder != "scalar") +
-                      ["attention"] * (self.settings.conditioning != "cross-attention") +
-                      ["attention", "bottleneck", "when"] * (self.settings.objective != "diffusion"))
+        self.lacks = {f: f"--{name} {value}" for f, name, value in NEEDS if getattr(self.settings, name) != value}
 
     def rows(self, n, seed=0):
         """Numbers of n different images (all, if there are fewer), in the order drawn: (n,) int64."""
@@ -498,6 +493,8 @@ def when(run):
 
 
 FIGURES = {f.__name__: f for f in (reconstruction, swap, traversal, attention, bottleneck, when)}
+NEEDS = [("traversal", "encoder", "scalar"), ("attention", "conditioning", "cross-attention"),
+         *((name, "objective", "diffusion") for name in ("attention", "bottleneck", "when"))]
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -508,16 +505,17 @@ COLUMNS = {"factor_vae": "FactorVAE", "disentanglement": "DCI D", "completeness"
 
 
 def table(results):
-    """Prints one line for each setting among the results: the mean over its seeds, +- their deviation, and n."""
-    settings = [{k: v for k, v in r["settings"].items() if k not in train.NOT_COMPARED} for r in results]
-    differ, lines = [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)], {}
+    """Prints a line for each setting: what differs and is no default, n seeds, means over them +- their deviations."""
+    settings, lines = [{**r["settings"], "steps": r.get("step")} for r in results], {}  # steps: those taken
+    differ = [k for k, v in settings[0].items() if k not in train.NOT_COMPARED and any(s.get(k) != v for s in settings)]
     for r, s in zip(results, settings):
-        lines.setdefault(", ".join([r["data"], *(f"{k} {s.get(k)}" for k in differ)]), []).append({**r, **r["scores"]})
+        name = ", ".join([r["data"], *(f"{k} {s[k]}" for k in differ if s.get(k) != getattr(train.Settings, k, None))])
+        lines.setdefault(name, []).append({**r, **r["scores"]})
     columns, width = [c for c in COLUMNS if any(c in {**r, **r["scores"]} for r in results)], max(map(len, lines))
     print(f"{'':{width}}  runs", *(f"{COLUMNS[c]:>16}" for c in columns))
     for key, rows in lines.items():
         values = np.array([[row.get(c, math.nan) for c in columns] for row in rows], dtype=float)       # (seeds, ..)
-        means = [f"{mean:.3f}" if mean < 1000 else f"{mean:.0f}" for mean in values.mean(0)]
+        means = [f"{m:.0f}" if c in ("parameters", "step") else f"{m:.3f}" for c, m in zip(columns, values.mean(0))]
         spreads = [f" +- {s:.3f}" if s else "" for s in values.std(0, ddof=min(1, len(rows) - 1))]
         print(f"{key:{width}}  {len(rows):4}", *(f"{mean + spread:>16}" for mean, spread in zip(means, spreads)))
 
@@ -539,26 +537,27 @@ def held_out(run, z, y):
     return result
 
 
-def score_run(run, metrics):
-    """Scores a run, draws reconstruction.png and swap.png, writes scores.json; returns what that holds."""
-    started, file = time.monotonic(), run.folder / "scores.json"
+def score_run(run, metrics, again=True):
+    """Scores a run (if not done before, or `again`), draws two pictures; returns what it writes into scores.json."""
+    started, file, s = time.monotonic(), run.folder / "scores.json", run.settings
     old = json.loads(file.read_text()) if file.exists() else {}
+    old = old if [old.get(k) for k in ("step", "data")] == [run.step, run.ds.name] else {}      # of this checkpoint
+    if old and not again:                                           # else what is not measured now stays
+        return old
     z, y = run.codes()
-    if [old.get(k) for k in ("step", "images", "data")] != [run.step, len(z), run.ds.name]:
-        old = {}                                                    # otherwise what is not measured now stays
     usual = USUAL[len(z) < 15000:] if run.ds.factor_names else ["tad"] if run.ds.attribute_names else []
-    scores, protocol, seconds = score_codes(z, y, metrics or usual, run.settings.seed)
+    scores, protocol, seconds = score_codes(z, y, metrics or usual, s.seed)
     run.importance = scores.get("importance", old.get("scores", {}).get("importance"))
     scores.update(reconstruction(run)), swap(run)
-    protocol["psnr"] = dict(images=PSNR_IMAGES, ddim_steps=DDIM_STEPS, eta=ETA)
+    protocol["psnr"] = dict(images=PSNR_IMAGES, ddim_steps=DDIM_STEPS if s.objective == "diffusion" else 1, eta=ETA)
     seconds["all"] = round(time.monotonic() - started, 2)           # also the codes and the two pictures
     new = dict(scores=scores, seconds=seconds, protocol=protocol)
-    result = dict(data=run.ds.name, step=run.step, seed=run.settings.seed, images=len(z), factors=run.ds.factor_names,
+    result = dict(data=run.ds.name, step=run.step, seed=s.seed, images=len(z), factors=run.ds.factor_names,
                   **{key: {**old.get(key, {}), **new[key]} for key in new}, minutes=round(run.seconds / 60, 2),
                   parameters=sum(p.numel() for part in (run.encoder, run.unet) for p in part.parameters()),
-                  settings=dataclasses.asdict(run.settings))
+                  settings=dataclasses.asdict(s))
     train.write_json(file, result)
-    if (run.settings.holdout or run.settings.holdout_factors) and not run.data:
+    if (s.holdout or s.holdout_factors) and not run.data:
         train.write_json(file, {**result, "held_out": held_out(run, z, y)})
     return result
 
@@ -581,18 +580,19 @@ def main(argv=None):
             z, y = (np.lib.npyio.NpzFile(file)[name].astype(float) for name in ("z", "y"))
         named = zip(("scores", "protocol", "seconds"), score_codes(z, y, args.metrics or USUAL))
         results = [dict(data=args.codes, settings={}, **dict(named))]
-    for run in (Run(folder, args.data, args.device) for folder in args.runs):
+    runs = [Run(folder, args.data, args.device) for folder in args.runs]
+    for run, f in ((run, f) for run in runs for f in args.figures or [] if f in run.lacks):
+        raise ValueError(f"figure {f} needs a run with {run.lacks[f]}, which {run.folder} is not")
+    for run in runs:
         if args.figures is None:
-            results.append(score_run(run, args.metrics))
+            results.append(score_run(run, args.metrics, again=len(runs) == 1 or bool(args.metrics)))
             continue
         if run.ds.factor_names and len((codes := run.codes())[0]) >= 15000:             # else rows are named by number
             run.importance = dci_scores(*codes, run.settings.seed)["importance"]
         for name in tqdm(args.figures or [f for f in FIGURES if f not in run.lacks], desc="figures"):
-            if name in run.lacks:
-                raise ValueError(f"figure {name} shows what {run.folder} lacks: scalars, attention or noise levels")
             FIGURES[name](run)
     if results:
-        table(results)
+        table(json.loads(json.dumps(results)))                      # tuples become lists, as in scores.json
     return results
 
 

@@ -49,7 +49,7 @@ def setting(default, help, choices=None, low=None, high=math.inf):
 
 @dataclasses.dataclass
 class Settings:
-    """Everything a run depends on. The defaults are preset small; "paper:" gives its value or, where it gives none, its
+    """What a run can be told. The defaults are preset small; "paper:" gives its value or, where it gives none, its
     official code's."""
     preset: str = setting("small", "sizes and constants to start from", ("tiny", "small", "paper"))
     # run
@@ -91,7 +91,7 @@ class Settings:
     multipliers: tuple = setting((1, 2), "its levels' widths / channels (paper: 1,2,4,4)")
     res_blocks: int = setting(1, "its residual blocks a level (paper: 2)")
     attention_levels: int = setting(2, "its levels with transformer blocks, from the finest (paper: 3)", low=0)
-    heads: int = setting(2, "attention heads, h (paper: 8)")
+    heads: int = setting(2, "attention heads (paper: 8)")
     groups: int = setting(8, "groups of its group norms (paper: 32)")
     conditioning: str = setting("cross-attention", "how the tokens reach the U-Net (paper: cross-attention)",
                                 CONDITIONINGS)
@@ -126,7 +126,8 @@ PRESETS = {
 }
 FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
                "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas", "vae_warmup")
-MAY_CHANGE = ("out", "cache", "device", "compile", "steps", "checkpoint_minutes", "score_images")      # by --resume
+MAY_CHANGE = ("out", "cache", "device", "compile", "accumulate", "steps", "checkpoint_minutes",          # by --resume
+              "score_images")
 NOT_COMPARED = ("seed", "vae", "out", "cache", "device", "compile", "checkpoint_minutes", "score_images")   # in tables
 
 
@@ -151,6 +152,11 @@ def flag(name):
     return name.replace("_", "-")
 
 
+def shown(value):
+    """A setting's value in a sentence."""
+    return "(none)" if value == "" else value
+
+
 def numbers(text):
     """'1,2,4' -> (1, 2, 4); '0.9,0.99' -> (0.9, 0.99)"""
     return tuple(float(part) if "." in part else int(part) for part in text.split(","))
@@ -162,12 +168,14 @@ def check(s):
         value, (kind, low, high) = getattr(s, field.name), (field.metadata[k] for k in ("kind", "low", "high"))
         if kind in (int, float) and not all(isinstance(x, (int, kind)) and low <= x <= high
                                             for x in (value if isinstance(value, tuple) else [value])):
-            raise ValueError(f"--{flag(field.name)} {value}: must be {'whole, ' * (kind is int)}from {low} to {high}")
+            most = "" if high == math.inf else f" and at most {high}"
+            raise ValueError(f"--{flag(field.name)} {value}: must be {'whole, ' * (kind is int)}at least {low}{most}")
     if len(s.betas) != 2 or len(s.vae_betas) != 2:
         raise ValueError(f"--betas {s.betas}, --vae-betas {s.vae_betas}: give two numbers each, such as 0.9,0.99")
-    if s.batch_size % (PROCESSES * s.accumulate) or s.vae_batch_size % PROCESSES and not s.vae:
-        raise ValueError(f"--batch-size {s.batch_size} must be a multiple of processes x --accumulate, {PROCESSES} x "
-                         f"{s.accumulate}, and --vae-batch-size {s.vae_batch_size} one of the processes")
+    if s.batch_size % (K := PROCESSES * s.accumulate):
+        raise ValueError(f"--batch-size {s.batch_size} must be a multiple of processes x --accumulate, here {K}")
+    if s.vae_batch_size % PROCESSES and not (s.vae or (Path(s.out) / "model.pt").exists()):
+        raise ValueError(f"--vae-batch-size {s.vae_batch_size} must be a multiple of the {PROCESSES} processes")
     if 0 < s.score_images < 15000:
         raise ValueError(f"--score-images must be 0 (all) or at least 15000, as DCI needs, not {s.score_images}")
     if (side := latent_shape(s)[1]) % 2 ** (len(s.multipliers) - 1):
@@ -355,7 +363,7 @@ def prepare(s, ds, vae, device, most=2 ** 31):
     if s.steps * s.batch_size <= n or 2 * n * math.prod(latent_shape(s)) > most:
         return lambda index: (images := ds.images(index).to(device), vae.encode(images))
     needed = n * (3 * 64 ** 2 + 2 * math.prod(latent_shape(s)))                         # bytes
-    room = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * needed
+    room = device.type == "cuda" and torch.cuda.mem_get_info(device.index)[0] > 4 * needed
     parts = tqdm(torch.arange(n).split(512), desc="latents", unit="batch", mininterval=1.0, disable=RANK > 0)
     latents, pixels = encode_all(vae, ds.images, parts, device, room)                   # (n, Z, h, w), (n, 3, 64, 64)
     def batch(index):
@@ -434,9 +442,10 @@ def settle(s, resume, given):
         changed = [name for name in given if name not in MAY_CHANGE and given[name] not in ("auto", getattr(old, name))]
         if changed:
             raise ValueError("--resume with other settings than the run was started with: " + ", ".join(
-                f"--{flag(name)} was {getattr(old, name)}, not {getattr(s, name)}" for name in changed))
-        if (out / "model.pt").exists() and load(out / "model.pt", "step")["step"] > given.get("steps", math.inf):
-            raise ValueError(f"--steps {s.steps}: {out} has taken more already")
+                f"--{flag(name)} was {shown(getattr(old, name))}, not {shown(getattr(s, name))}" for name in changed))
+        taken = load(out / "model.pt", "step")["step"] if (out / "model.pt").exists() else 0
+        if taken > given.get("steps", math.inf):
+            raise ValueError(f"--steps {s.steps}: {out} has taken {taken} already")
         return dataclasses.replace(old, out=str(out), **{k: given[k] for k in MAY_CHANGE if k in given and k != "out"})
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: choose another folder with --out; or, if it holds a run, continue "
@@ -447,8 +456,8 @@ def settle(s, resume, given):
         for name in (*must, *FIRST_STAGE):
             theirs, ours = getattr(other, name), getattr(s, name)
             if theirs != ours and (name in given or name in must):
-                raise ValueError(f"--vae {s.vae} was trained with --{flag(name)} {theirs or '(none)'}, not "
-                                 f"{ours or '(none)'}: give the same here, or train a first stage for this run")
+                raise ValueError(f"--vae {s.vae} was trained with --{flag(name)} {shown(theirs)}, not {shown(ours)}: "
+                                 "give the same here, or train a first stage for this run")
         if load(Path(s.vae) / "vae.pt", "step")["step"] < other.vae_steps:
             raise ValueError(f"--vae {s.vae}: its first stage is not finished; continue that run with --resume")
         s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})

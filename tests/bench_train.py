@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,10 +68,14 @@ def seconds(work, device, budget=10.0):
     return statistics.median(times)
 
 
-def matmul_peak(device, dtype, n=2048):
-    """Floating-point operations a second of an n x n matrix product."""
+def matmul_peak(device, dtype):
+    """Floating-point operations a second of a large matrix product; on CUDA in float32 by TF32, as convolutions are."""
+    n, tf32 = 8192 if device.type == "cuda" else 2048, torch.backends.cuda.matmul.allow_tf32
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / seconds(lambda: a @ b, device, budget=3.0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    time_each = seconds(lambda: a @ b, device, budget=3.0)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    return 2 * n ** 3 / time_each
 
 
 class Step:
@@ -139,7 +144,7 @@ def measure(preset, theirs, device, precision, compiled):
     started = time.perf_counter()
     step.sample(), wait(device)
     ddim = time.perf_counter() - started
-    with FlopCounterMode(display=False) as counter:                 # last: it needs memory of its own
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # last: for its memory
         Step(preset, theirs, device, "float32", False).whole()
     million = sum(p.numel() for p in step.modules[1].parameters()) / 1e6
     return dict(zip(COLUMNS, (
@@ -153,8 +158,9 @@ def operations(steps=20):
     """Where a training step of preset small spends its time on a CPU: a table of kinds of operations."""
     from torch.profiler import ProfilerActivity, profile
     kinds = {"convolutions, backward": "convolution_backward", "convolutions, forward": "mkldnn_convolution",
-             "linear layers (mm, addmm)": "mm addmm", "attention and token MLPs (bmm, baddbmm)": "bmm baddbmm",
-             "softmax": "_softmax _softmax_backward_data", "copies": "copy_",
+             "linear layers (mm, addmm)": "mm addmm", "token MLPs (bmm, baddbmm)": "bmm baddbmm", "copies": "copy_",
+             "attention": "_scaled_dot_product_flash_attention_for_cpu "
+                          "_scaled_dot_product_flash_attention_for_cpu_backward",
              "norms": "native_group_norm native_group_norm_backward native_layer_norm native_layer_norm_backward "
                       "native_batch_norm native_batch_norm_backward",
              "activations": "silu silu_backward gelu gelu_backward elu elu_backward clamp_min threshold_backward",
@@ -200,7 +206,7 @@ def main():
             row = pool.submit(measure, *case).result()
         row["device"] = name
         print("| " + " | ".join(str(row[column]) for column in COLUMNS) + " |", flush=True)
-        key = lambda row: [row[c] for c in ("preset", "U-Net", "precision", "compiled", "device", "torch")]
+        key = lambda row: [row[c] for c in ("preset", "U-Net", "batch", "precision", "compiled", "device", "torch")]
         table = [old for old in table if key(old) != key(row)] + [row]
         results.write_text("[\n" + ",\n".join(map(json.dumps, table)) + "\n]\n")
 

@@ -204,15 +204,18 @@ def test_the_command_draws_into_the_folder(run, monkeypatch):
 
 
 def test_runs_of_one_setting_share_a_line(capsys):
-    def result(seed, steps, score):
-        return dict(data="built-in world", settings={"seed": seed, "steps": steps, "lr": 1},
-                    scores={"factor_vae": score, "disentanglement": score / 2})
+    def result(seed, step, score, **settings):
+        return dict(data="built-in world", settings={"seed": seed, "steps": 20, "lr": 1, "loss": "l1", **settings},
+                    step=step, scores={"factor_vae": score, "disentanglement": score / 2})
 
-    evaluate.table([result(0, 10, 0.8), result(1, 10, 0.9), result(0, 20, 1.0)])
+    evaluate.table([result(0, 10, 0.8), result(1, 10, 0.9), result(0, 20, 1.0)])        # the last was not interrupted
     head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split() == ["runs", "FactorVAE", "DCI", "D"]
-    assert first.split() == "built-in world, steps 10 2 0.850 +- 0.071 0.425 +- 0.035".split()
-    assert second.split() == "built-in world, steps 20 1 1.000 0.500".split()
+    assert head.split() == ["runs", "FactorVAE", "DCI", "D", "steps"]
+    assert first.split() == "built-in world, steps 10 2 0.850 +- 0.071 0.425 +- 0.035 10".split()
+    assert second.split() == "built-in world, steps 20 1 1.000 0.500 20".split()
+    evaluate.table([result(0, 20, 0.8), result(0, 20, 0.6, loss="l2")])
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:3] == ["built-in", "world", "1"] and second.split()[:4] == ["built-in", "world,", "loss", "l2"]
     evaluate.table([result(0, 10, 0.8), result(0, 20, 1.0) | {"scores": {"tad": 0.3, "factor_vae": 0.9}}])
     assert "nan" in capsys.readouterr().out                         # what one run has and the other has not
 
@@ -233,7 +236,7 @@ def test_figures_that_a_run_cannot_have_are_refused_or_left_out(run, monkeypatch
         drawn.clear()
         evaluate.main([str(folder), "--figures"])
         assert set(evaluate.FIGURES) - set(drawn) == missing
-        with pytest.raises(ValueError, match=f"figure {min(missing)} .*lacks"):
+        with pytest.raises(ValueError, match=f"figure {min(missing)} needs a run with --{next(iter(changes))}"):
             evaluate.main([str(folder), "--figures", min(missing)])
         train.write_json(folder / "settings.json", settings)
 
@@ -277,3 +280,8 @@ def test_scores_of_data_without_factors(run, world, capsys):
     with pytest.raises(ValueError, match="factors"):
         run.ds.attribute_names = ()
         evaluate.score_run(run, ["dci"])
+    run.codes = None                                                # not asked for: the scores are there
+    assert evaluate.score_run(run, None, again=False)["scores"] == result["scores"]
+    run.step += 1
+    with pytest.raises(TypeError):
+        evaluate.score_run(run, None, again=False)

@@ -107,9 +107,15 @@ def test_a_killed_process_ends_the_run_and_it_resumes(tmp_path, victim):
     assert train.load(out / "model.pt")["step"] == step + 8
 
 
-def test_impossible_batches_are_refused(alone, monkeypatch):
-    with pytest.raises(ValueError, match="--batch-size 8 must be a multiple of processes x --accumulate, 1 x 3"):
+def test_impossible_batches_are_refused(alone, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--batch-size 8 must be a multiple of .*, here 3"):
         alone("run", "--accumulate", "3")
     monkeypatch.setattr(train, "PROCESSES", 16)
-    with pytest.raises(ValueError, match="16 x 1, and --vae-batch-size 8 one of the processes"):
+    with pytest.raises(ValueError, match="--batch-size 8 must be .*, here 16"):
         alone("run")
+    monkeypatch.setattr(train, "PROCESSES", 3)
+    s = train.Settings(batch_size=9, vae_batch_size=8, out=str(tmp_path))
+    with pytest.raises(ValueError, match="--vae-batch-size 8 must be a multiple of the 3 processes"):
+        train.check(s)
+    (tmp_path / "model.pt").touch()                                 # then the first stage is finished
+    train.check(s)

@@ -186,12 +186,13 @@ def test_resume_may_go_on_longer_but_not_differ(quick, tmp_path):
     assert load(tmp_path / "run" / "model.pt")["step"] == 35
     with pytest.raises(ValueError, match="--lr was 0.003, not 0.5"):
         train.main(["--resume", "--out", out, "--lr", "0.5"])
-    with pytest.raises(ValueError, match="--steps 34: .* has taken more already"):
+    with pytest.raises(ValueError, match="--steps 34: .* has taken 35 already"):
         train.main(["--resume", "--out", out, "--steps", "34"])
     with pytest.raises(ValueError, match="--precision was float32, not bfloat16"):
         train.main(["--resume", "--out", out, "--precision", "bfloat16"])
-    train.main(["--resume", "--out", out, "--precision", "auto", "--steps", "36"])
-    assert train.read_settings(out).steps == 36 == load(tmp_path / "run" / "model.pt")["step"]
+    train.main(["--resume", "--out", out, "--precision", "auto", "--accumulate", "2", "--steps", "36"])
+    s = train.read_settings(out)
+    assert s.steps == 36 == load(tmp_path / "run" / "model.pt")["step"] and s.accumulate == 2
 
 
 def test_nothing_is_overwritten(quick, tmp_path):
