@@ -565,7 +565,7 @@ def score_run(run, metrics, again=True):
 def main(argv=None):
     """Scores runs or codes and prints a table, or draws figures. ValueError or OSError with one clear sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders; of several, those without scores are scored")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders; of several, only unscored ones are scored")
     parser.add_argument("--codes", metavar="FILE", help="an .npz file with arrays z (n, N) and y (n, K) to score")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="only these scores")
     parser.add_argument("--figures", nargs="*", choices=FIGURES, help="draw these figures, or all, instead of scoring")
