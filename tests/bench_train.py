@@ -7,8 +7,7 @@
 Every network runs in a process of its own: token encoder, loss, gradient clipping, AdamW and weight average are this
 project's in all of them, on the same random pictures and latents; only the U-Net changes, and for DDIM the sampler.
 Medians over the repeats; DDIM once. Both presets take about seven minutes on two cores.
-Writes the rows to .github/results/bench_train-DEVICE.json, where a row replaces an
-older one of the same kind.
+Writes the rows to .github/results/bench_train-DEVICE.json, where a row replaces an older one of the same kind.
 """
 import argparse
 import copy
