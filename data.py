@@ -1,28 +1,22 @@
-"""The data sets behind one small interface: a built-in 3D Shapes world, and what people download.
+"""The data sets behind one small interface, and the built-in world.
 
-    python data.py shapes3d.h5          # writes the built-in world as a file in DeepMind's layout
+    python data.py world.h5        # writes the built-in world as a file in DeepMind's layout
 
-The built-in world has the six factors of 3D Shapes (Burgess and Kim 2018) with the same names, sizes and
-order, rendered here by ray casting: a room with sky, walls, floor, and a shaded object with its shadow.
-The pictures resemble DeepMind's but are not theirs, and scores on them must not be called Shapes3D scores.
+The world has the factors of 3D Shapes (Burgess and Kim 2018) but other images and so other scores.
 
-Exports: open_dataset, hold_out, DATASETS, Dataset, World, Unpacked, write_world.  Left out: augmentation, loaders.
-
-Letters:  B batch, H, W height and width (64), K factors, A attributes, n pictures of a file or folder,
-G geometries (480 = scale x shape x orientation), S samples along a pixel's side, R rays.
+Exports: open_dataset, Dataset, World, write_world, atomic, InputError.
+Letters: B batch, H, W height and width (64), K factors, A attributes, n images of a file or folder.
 """
 import argparse
 import colorsys
 import contextlib
-import hashlib
 import math
-import mmap
 import os
-import re
-import shutil
+import secrets
 import sys
-import time
 import zipfile
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,469 +26,532 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-FACTOR_NAMES = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
-FACTOR_SIZES = (10, 10, 10, 8, 4, 15)                               # shapes: cube, cylinder, sphere, capsule
-FACTOR_VALUES = (np.arange(10) / 10, np.arange(10) / 10, np.arange(10) / 10, np.linspace(0.75, 1.25, 8),
-                 np.arange(4.0), np.linspace(-30, 30, 15))          # as DeepMind's labels give them
-FACTORS = {"shapes3d": (FACTOR_NAMES, FACTOR_SIZES),
-           "mpi3d": (("color", "shape", "size", "camera_height", "background", "horizontal", "vertical"),
-                     (6, 6, 2, 3, 3, 40, 40)),
-           "dsprites": (("color", "shape", "scale", "orientation", "x", "y"), (1, 3, 6, 40, 32, 32)),
-           "cars3d": (("elevation", "azimuth", "object"), (4, 24, 183))}
-TITLES = {"shapes3d": "Shapes3D", "mpi3d": "MPI3D", "dsprites": "dSprites", "cars3d": "Cars3D", "celeba": "CelebA"}
-DATASETS = (*TITLES, "folder")
-SIDE = 64                                                           # pixels
+SIDE = 64  # height and width of all images, in pixels
 
 
-# ---- the interface --------------------------------------------------------------------------------
+# ---- 1. The interface ----------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """A user's mistake, in one sentence."""
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, which is renamed to `path` at the end.
+
+    It is removed after an error or Ctrl-C. Its name is random, so two processes never share it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
 
 class Dataset:
-    """Pictures by number and, where they are all combinations of some factors, the last varying fastest, by these.
+    """Images by number and, where they are known, their factors of variation.
 
-    It has: name (for tables), image_size (pixels a side), factor_names and factor_sizes (tuples of K, empty without),
-    attribute_names (tuple of A), attributes (int64 (len, A) of 0 and 1, or None). Indices and factors may be lists,
-    arrays or tensors; tensors come out.
+    name: for tables.
+    factor_names, factor_sizes: tuples of length K, empty without factors. With factors, the images
+    are all their combinations in order, the last factor varying fastest.
+    attribute_names: tuple of length A. attributes: int64 (len, A) of 0 and 1, or None.
+    source: what identifies the images; results are kept under it.
+
+    An index and factors may be lists, arrays or tensors; a wrong one is a ValueError.
     """
-    image_size, attribute_names, attributes = SIDE, (), None
 
-    def __init__(self, name, factor_names, factor_sizes):
-        self.name, self.factor_names, self.factor_sizes = name, tuple(factor_names), tuple(factor_sizes)
+    factor_names = ()
+    factor_sizes = ()
+    attribute_names = ()
+    attributes = None
 
-    def __len__(self):
+    def __init__(self, name: str, source: dict):
+        self.name = name
+        self.source = source
+
+    def __len__(self) -> int:
         return math.prod(self.factor_sizes)
 
-    def pixels(self, index):
-        """index: (B,) int array. Returns uint8 (B, H, W, 3)."""
+    def pixels(self, index: np.ndarray) -> np.ndarray:
+        """index: (B,) int64 in 0..len-1. Returns uint8 (B, H, W, 3)."""
         raise NotImplementedError
 
-    def images(self, index):
-        """index: (B,) in 0..len-1. Returns float32 (B, 3, 64, 64) in [-1, 1]."""
-        pixels = torch.from_numpy(self.pixels(self.checked(index)))                     # (B, H, W, 3)
-        return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)                   # (B, 3, H, W)
+    def images(self, index) -> torch.Tensor:
+        """index: (B,) in 0..len-1. Returns float32 (B, 3, H, W) in [-1, 1]."""
+        pixels = torch.from_numpy(self.pixels(self.checked(index)))  # (B, H, W, 3)
+        return pixels.permute(0, 3, 1, 2) / 127.5 - 1                # (B, 3, H, W)
 
-    def factors(self, index):
-        """index: (B,) in 0..len-1. Returns int64 (B, K): the value of every factor, 0..size-1. ValueError if K = 0."""
-        if not self.factor_sizes:
-            raise ValueError(f"{self.name} has no factors, only pictures: what needs factors cannot be done with it")
-        return torch.from_numpy(np.stack(np.unravel_index(self.checked(index), self.factor_sizes), -1))     # (B, K)
+    def factors(self, index) -> torch.Tensor:
+        """index: (B,) in 0..len-1. Returns int64 (B, K): each factor's value, 0..size-1."""
+        values = np.unravel_index(self.checked(index), self.factor_sizes)  # K times (B,)
+        return torch.from_numpy(np.stack(values, axis=1))
 
-    def index(self, factors):
-        """factors: (B, K), each 0..size-1. Returns int64 (B,): the inverse of `factors`. ValueError."""
-        factors = np.asarray(factors)
-        if not self.factor_sizes or factors.ndim != 2 or factors.shape[1] != len(self.factor_sizes):
-            raise ValueError(f"factors must have shape (B, {len(self.factor_sizes)}), not {factors.shape}")
-        if len(factors) and (factors.min() < 0 or (factors >= self.factor_sizes).any()):
-            raise ValueError(f"factors out of range: each must be 0 or more and below {self.factor_sizes}")
-        return torch.from_numpy(np.ravel_multi_index(tuple(factors.T), self.factor_sizes).astype(np.int64))    # (B,)
+    def index(self, factors) -> torch.Tensor:
+        """factors: (B, K), each 0..size-1. Returns int64 (B,): the images that have them."""
+        values = tuple(np.asarray(factors).T)  # K times (B,)
+        return torch.from_numpy(np.ravel_multi_index(values, self.factor_sizes))
 
-    def checked(self, index):
-        """index as an int64 array (B,), or ValueError."""
+    def checked(self, index) -> np.ndarray:
+        """index as an int64 array (B,), or a ValueError."""
         index = np.asarray(index, dtype=np.int64)
-        if index.ndim != 1 or (len(index) and not (0 <= index.min() and index.max() < len(self))):
-            raise ValueError(f"index must be a list of numbers from 0 to {len(self) - 1}, not {index}")
+        if index.ndim != 1 or ((index < 0) | (index >= len(self))).any():
+            raise ValueError(f"index must be (B,) in 0..{len(self) - 1}, not {index}")
         return index
 
 
-# ---- the built-in world: where a ray meets an object ----------------------------------------------
-# All shapes are centred on the origin. o: (3,) or (R, 3) where rays start; d: (R, 3) their directions.
-# Each returns the distance (R,), infinite for a miss, and the outward normal (R, 3), anything for a miss.
+def open_dataset(path: str | Path | None = None, cache: str | Path | None = None) -> Dataset:
+    """The built-in world (no path), or the data set in a file or folder, known by its contents.
+
+    cache: folder for the unpacked images; without it they lie beside the data. InputError.
+    """
+    if not path:
+        return World()
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    if not path.exists():
+        raise InputError(f"there is no {path}: correct --data (without it: the built-in world)")
+    try:
+        if path.is_dir():
+            return open_folder(path, cache)
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start == b"\x89HDF":
+            return open_arrays(path, h5py.File, read_hdf5, cache)
+        if start[:2] == b"PK":
+            return open_arrays(path, np.load, read_npz, cache)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        advice = "it is damaged or cut short, fetch it again"
+        if getattr(error, "errno", None):  # locked by a writer, no permission, ...
+            advice = "the system refuses it"
+        raise InputError(f"cannot read {path}: {advice} ({error})") from error
+    raise InputError(f"{path} is neither HDF5 nor .npz nor a folder of images")
+
+
+# ---- 2. What people download ---------------------------------------------------------------------
+
+class CachedDataset(Dataset):
+    """Images of a file or folder, unpacked once into an .npy file that is mapped into memory.
+
+    files: what the images are read from. A checksum of their names, sizes and times of change is in
+    the .npy file's name, so a change makes a new one. shape: (n, 64, 64, 3) or grey (n, 64, 64).
+    blocks: yields the bytes in order.
+    """
+
+    def __init__(self, path, cache, files, shape, blocks):
+        facts = []
+        for source in files:
+            stat = os.stat(source)
+            name = os.path.relpath(source, path.parent)
+            facts.append((name, stat.st_size, stat.st_mtime_ns))
+        state = f"{zlib.crc32(repr(facts).encode()):08x}"
+        super().__init__(path.name, {"file": path.name, "state": state})
+        folder = Path(cache).expanduser() if cache else path.parent
+        file = folder / f"{path.name}.{state}.cache.npy"
+        if not file.exists():
+            unpack(file, shape, blocks)
+        self.stored = np.load(file, mmap_mode="r")  # (n, H, W, 3) or (n, H, W)
+        self.scale = 255 if self.stored[:100].max() == 1 else 1  # dSprites: 0 and 1
+
+    def __len__(self):
+        return len(self.stored)
+
+    def pixels(self, index):
+        pixels = np.asarray(self.stored)[index] * np.uint8(self.scale)
+        if pixels.ndim == 3:  # grey
+            pixels = np.stack([pixels] * 3, axis=-1)
+        return pixels  # (B, H, W, 3)
+
+
+def unpack(file, shape, blocks):
+    """Writes blocks of bytes, in all uint8 of this shape, as an .npy file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"cannot write into {file.parent}: name another folder by --cache")
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    bar = tqdm(desc=f"unpacking {file.name}", total=math.prod(shape), unit="B", unit_scale=True)
+    with bar, atomic(file) as temporary, open(temporary, "wb") as output:
+        np.lib.format.write_array_header_1_0(output, header)
+        for block in blocks:
+            bar.update(output.write(block))
+
+
+SHAPES3D = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
+MPI3D = ("color", "shape", "size", "camera_height", "background", "horizontal", "vertical")
+GRIDS = (  # name (else the file's), factors, sizes
+    ("Shapes3D", SHAPES3D, (10, 10, 10, 8, 4, 15)),
+    ("", MPI3D, (6, 6, 2, 3, 3, 40, 40)),  # toy, realistic, real
+    ("", MPI3D, (4, 4, 2, 3, 3, 40, 40)),  # real, complicated shapes
+    ("dSprites", ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32)),
+    ("Cars3D", ("elevation", "azimuth", "object"), (4, 24, 183)),
+)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ATTRIBUTE_LIST = "list_attr_celeba.txt"
+ROWS = 1000  # images read at a time
+
+
+def open_arrays(path, opener, reader, cache):
+    """The data set in a file of images and labels (n, K); without labels n tells the factors."""
+    with opener(path) as file:
+        keys = [key for key in ("images", "imgs") if key in file]
+        labels = np.empty((1, 0))
+        for key in ("labels", "latents_classes", "latents/classes"):
+            if key in file:
+                labels = file[key][:]  # (n, K)
+        if not keys:
+            raise InputError(f"{path} has no `images` or `imgs` but {', '.join(file)}")
+        shape, dtype, blocks = reader(file, keys[0])
+        if shape[1:] not in ((SIDE, SIDE, 3), (SIDE, SIDE)) or dtype != np.uint8:
+            raise InputError(f"{path} needs images of uint8 (n, 64, 64, 3) or (n, 64, 64), but has "
+                             f"{shape} {dtype}")
+        title, names, sizes = find_factors(path, shape[0], labels)
+        ds = CachedDataset(path, cache, [path], shape, blocks)
+        if getattr(file, "attrs", {}).get("source") == SOURCE:  # only HDF5 has it
+            title = "built-in world"
+    ds.name = title or path.name
+    ds.factor_names = names
+    ds.factor_sizes = sizes
+    return ds
+
+
+def read_hdf5(file, key):
+    """Returns shape and dtype of the images, and blocks of them, read when they are asked for."""
+    images = file[key]
+    rows = images.chunks[0] if images.chunks else ROWS  # each chunk is decompressed once
+    blocks = (images[i:i + rows] for i in range(0, len(images), rows))
+    return images.shape, images.dtype, blocks
+
+
+def read_npz(file, key):
+    """The same of an .npz; pickled arrays in it are not touched."""
+    stream = file.zip.open(f"{key}.npy")
+    np.lib.format.read_magic(stream)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    size = math.prod(shape[1:])
+    blocks = (stream.read(size) for _ in range(shape[0]))
+    return shape, "Fortran order" if fortran else dtype, blocks
+
+
+def find_factors(path, n, labels):
+    """Title, names and sizes of the factors: from labels (n, K) or, if they are empty, from n."""
+    columns, sizes = [], ()
+    for column in labels.reshape(len(labels), -1).T:
+        values, classes = np.unique(column, return_inverse=True)
+        if len(values) > 1:
+            columns.append(classes)  # (n,)
+            sizes += (len(values),)
+    found = "", tuple(f"factor_{k}" for k in range(len(sizes))), sizes
+    for grid in GRIDS:
+        if grid[2] == sizes or (not sizes and math.prod(grid[2]) == n):
+            found = grid
+    whole = math.prod(found[2]) == n
+    if whole and sizes:
+        whole = np.array_equal(np.ravel_multi_index(columns, sizes), np.arange(n))
+    if not whole:
+        raise InputError(f"{path} has {n} images and labels of {sizes} values: give `labels` (n, K)"
+                         " that are all combinations in order, the last varying fastest; or none,"
+                         " with as many images as a data set in the README")
+    return found
+
+
+def open_folder(path, cache):
+    """A folder of images, or CelebA if its list of attributes is inside, beside or above it."""
+    files = image_files(path)
+    for place in (path, path.parent, path.parent.parent):
+        if (place / ATTRIBUTE_LIST).is_file():
+            return open_celeba(path, cache, files, place / ATTRIBUTE_LIST)
+    blocks = folder_blocks(path, files, SIDE)
+    return CachedDataset(path, cache, files, (len(files), SIDE, SIDE, 3), blocks)
+
+
+def open_celeba(path, cache, files, attribute_list):
+    """The images in the list: a count, A names, lines of a file (any suffix) and A times 1 or -1.
+
+    As by the authors of TAD, images are resized to 96 and the centre is cropped.
+    """
+    _, names, *lines = attribute_list.read_text("utf-8").rstrip().splitlines()
+    names = tuple(names.split())
+    attributes = {}
+    for line in lines:
+        file, *values = line.split()
+        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
+            raise InputError(f"{attribute_list} needs {len(names)} values of 1 or -1 in each line: "
+                             f"mend or delete the one of {file}")
+        attributes[Path(file).stem] = [int(value == "1") for value in values]
+    used = [file for file in files if Path(file).stem in attributes]
+    if len(used) < len(files):
+        print(f"{path}: {len(used)} of {len(files)} images are used, the others are not in "
+              f"{ATTRIBUTE_LIST}", file=sys.stderr)
+    blocks = folder_blocks(path, used, side=96)
+    shape = (len(used), SIDE, SIDE, 3)
+    ds = CachedDataset(path, cache, [*used, attribute_list], shape, blocks)
+    ds.name = "CelebA"
+    ds.attribute_names = names
+    ds.attributes = np.array([attributes[Path(file).stem] for file in used])  # (len, A)
+    return ds
+
+
+def image_files(folder: Path) -> list:
+    """The image files in a folder, however deep, by name; links are followed.
+
+    Left out are hidden files and folders, thumbnails (@eaDir), and the run folders of train.py.
+    """
+    def refuse(error):
+        raise error
+
+    files, visited = [], set()
+    for here, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(here)
+        if real in visited or "run.json" in names:  # links may go round in circles
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = [s for s in sorted(subfolders) if not s.startswith((".", "@eaDir"))]
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                files.append(os.path.join(here, name))
+    return sorted(files)
+
+
+def folder_blocks(path, files, side):
+    """Yields images (64, 64, 3)."""
+    if not files:
+        raise InputError(f"{path} has no JPEG, PNG or WebP image (of CelebA: none that is in "
+                         f"{ATTRIBUTE_LIST})")
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), ROWS):
+            part = files[start:start + ROWS]
+            yield from pool.map(load_image, part, [side] * len(part))
+
+
+def load_image(file: str, side: int) -> np.ndarray:
+    """An image file as uint8 (64, 64, 3). InputError if it cannot be read.
+
+    Turned as its EXIF entry says, 16-bit grey scaled, on white where it is transparent; its
+    shorter side is resized to `side`, the centre cropped.
+    """
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file} is no readable image, remove it ({error})") from error
+    if image.mode.startswith("I"):  # 0..65535
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    width = side * image.width // min(image.size)
+    height = side * image.height // min(image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left = round((width - SIDE) / 2)
+    top = round((height - SIDE) / 2)
+    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))  # (H, W, 3)
+
+
+# ---- 3. The built-in world -----------------------------------------------------------------------
+# A room with sky, three walls, a floor, and an object with its shadow, by ray casting. Fitted to 13
+# images of DeepMind's 3D Shapes by least squares; lengths came out within 0.4 % of these numbers.
+# x points right, y away from the camera at orientation 0, z up; the object stands at (0, 0, 0).
+# G: geometries (scale x shape x orientation, 480). R: rays (H*SAMPLES * W*SAMPLES).
+
+SOURCE = "rendered by this EncDiff implementation's data.py; not DeepMind's 3D Shapes"
+HUES = np.arange(10) / 10
+SCALES = np.linspace(0.75, 1.25, 8)
+ORIENTATIONS = np.linspace(-30, 30, 15)  # degrees
+SAMPLES = 3           # along a pixel's side
+UP = np.array([[0], [0], [1]])
+CAMERA = np.array([[0.0], [-10.0], [3.0]])  # its position; it looks horizontally
+FIELD_OF_VIEW = 50.0  # degrees
+ROOM = 14.0           # from the room's axis to each wall
+WALL_HEIGHT = 8.0
+RADIUS = (1.4, 1.5, 1.7, 1.3)  # of cube (half its side), cylinder, sphere, capsule at scale 1
+LAMP = np.array([[-5.8], [1.8], [30.0]])  # its position; it shines straight down
+BEAM = 10.0           # how narrowly: the exponent of a cosine
+LAMPLIGHT = 0.95      # brightness straight below it; 1 shows a surface's own colour
+AMBIENT = 0.343       # brightness everywhere
+HEADLIGHT = 0.593     # brightness of what faces the camera
+HIGHLIGHT = 0.115     # white, where the object faces the lamp
+SKY = (0.600, 0.886, 0.976)  # red, green, blue
+
+
+# Where rays from o, (3, 1) or (3, R), in directions d (3, R) meet a shape around the origin: the
+# distance in units of d (R,), infinite for a miss, and the outward normal (3, R).
 
 def nearest(a, b):
-    """Of two hits (distance, normal) the nearer one, ray by ray."""
+    """The nearer one of two hits (distance, normal)."""
     nearer = b[0] < a[0]
-    return np.where(nearer, b[0], a[0]), np.where(nearer[:, None], b[1], a[1])
+    return np.where(nearer, b[0], a[0]), np.where(nearer, b[1], a[1])
 
 
-def hit_round(o, d, radius, axes=(1, 1, 1), z=0.0, half=np.inf):
-    """A sphere with its centre at height z; or, with axes (1, 1, 0), the side of an upright cylinder, -half to half."""
-    o, axes = o - np.array([0, 0, z]), np.array(axes)
-    flat_o, flat_d = o * axes, d * axes
-    a, b, c = (flat_d * flat_d).sum(-1), (flat_o * flat_d).sum(-1), (flat_o * flat_o).sum(-1) - radius ** 2
-    distance = (-b - np.sqrt(b * b - a * c)) / a                    # the smaller solution of a x^2 + 2 b x + c = 0
-    distance = np.where(distance > 0, distance, np.inf)             # a comparison with nan is false
-    point = o + distance[:, None] * d                                                   # (R, 3)
-    return np.where(np.abs(point[:, 2]) <= half, distance, np.inf), point * axes / radius
+def hit_cube(o, d, half):
+    """The last entry into its three slabs, if before the first exit."""
+    enter = (-np.sign(d) * half - o) / d  # (3, R)
+    leave = (np.sign(d) * half - o) / d   # (3, R)
+    distance = enter.max(0)
+    hit = (distance > 0) & (distance < leave.min(0))
+    return np.where(hit, distance, np.inf), -np.sign(d) * (enter == distance)
 
 
-def hit_box(o, d, half):
-    """A cube of side 2 * half: the last of the three entries into its slabs, if before the first exit."""
-    enter = (-np.sign(d) * half - o) / d                                                # (R, 3)
-    leave = (np.sign(d) * half - o) / d                                                 # (R, 3)
-    first = enter.max(-1)
-    distance = np.where((first > 0) & (first < leave.min(-1)), first, np.inf)
-    face = np.eye(3)[enter.argmax(-1)]                                                  # (R, 3), the face's axis
-    return distance, -np.sign(d) * face
+def hit_sphere(o, d, radius, z=0.0):
+    """A sphere with its centre at height z."""
+    o = o - z * UP
+    a = (d * d).sum(0)  # a x^2 + 2 b x + c = 0
+    b = (o * d).sum(0)
+    c = (o * o).sum(0) - radius ** 2
+    distance = (-b - np.sqrt(b * b - a * c)) / a  # nan for a miss
+    normal = (o + distance * d) / radius          # (3, R)
+    return np.where(distance > 0, distance, np.inf), normal
+
+
+def hit_side(o, d, radius, half):
+    """The side of an upright cylinder: a circle from above, cut at heights -half and half."""
+    flat = 1 - UP
+    distance, normal = hit_sphere(o * flat, d * flat, radius)
+    height = o[2] + distance * d[2]
+    return np.where(np.abs(height) <= half, distance, np.inf), normal
 
 
 def hit_top(o, d, radius, half):
     """The flat top of an upright cylinder."""
-    distance = (half - o[..., 2]) / d[:, 2]
-    point = o + distance[:, None] * d                                                   # (R, 3)
-    inside = (distance > 0) & ((point[:, :2] ** 2).sum(-1) <= radius ** 2)
-    return np.where(inside, distance, np.inf), np.broadcast_to([0.0, 0.0, 1.0], d.shape)
+    distance = (half - o[2]) / d[2]
+    x, y, _ = o + distance * d
+    hit = (distance > 0) & (x * x + y * y < radius ** 2)
+    return np.where(hit, distance, np.inf), UP
 
 
-def hit_object(shape, scale, o, d):
-    """The object's distance (R,) and normal (R, 3); o in room coordinates. Shapes as in 3D Shapes' labels."""
-    half, radius = (0.62 * scale, 0.62 * scale, 0.72 * scale, 1.24 * scale)[shape], 0.62 * scale
-    o = o - np.array([0, 0, half])                                  # it stands on the floor
+def hit_object(scale, shape, o, d):
+    """The object, which stands on the floor; o in room coordinates."""
+    radius = scale * RADIUS[shape]
+    half = 2 * radius if shape == 3 else radius  # half the height
+    o = o - half * UP
     if shape == 0:
-        return hit_box(o, d, half)
+        return hit_cube(o, d, half)
     if shape == 1:
-        return nearest(hit_round(o, d, radius, (1, 1, 0), half=half), hit_top(o, d, radius, half))
+        return nearest(hit_side(o, d, radius, half), hit_top(o, d, radius, half))
     if shape == 2:
-        return hit_round(o, d, half)
-    straight = half - radius                                        # a capsule: a cylinder between two half spheres
-    return nearest(hit_round(o, d, radius, (1, 1, 0), half=straight),
-                   nearest(hit_round(o, d, radius, z=straight), hit_round(o, d, radius, z=-straight)))
-
-
-# ---- the built-in world: the room -----------------------------------------------------------------
-
-CAMERA_DISTANCE, CAMERA_HEIGHT, FOCAL = 4.3, 1.7, 1.9               # focal length: 1 is half the picture
-ROOM, WALL_HEIGHT = 6.0, 3.6                                        # half the room's side; its walls
-LIGHT = np.array([-0.5, -0.6, 1.0]) / np.linalg.norm([-0.5, -0.6, 1.0])
-WALL_SHADES = (1.0, 0.55, 0.7)                                      # back, left, right
-SHADOW, SKY = 0.3, (0.61, 0.89, 0.98)                               # brightness of the floor in the shadow; a colour
-SAMPLES = 3                                                         # S: rays along a pixel's side
+        return hit_sphere(o, d, radius)
+    ends = nearest(hit_sphere(o, d, radius, radius), hit_sphere(o, d, radius, -radius))
+    return nearest(hit_side(o, d, radius, radius), ends)
 
 
 def camera(degrees):
-    """Position (3,) and ray directions (R, 3) of a camera that has gone round the room's centre by `degrees`."""
+    """Turned round the room's axis: position (3, 1), view (3, 1), directions of rays (3, R)."""
     u = (np.arange(SIDE * SAMPLES) + 0.5) / (SIDE * SAMPLES) * 2 - 1
-    x, z = np.meshgrid(u, -u)                                       # right and up
-    d = np.stack([x, np.full_like(x, FOCAL), z], -1).reshape(-1, 3)
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    x, z = np.meshgrid(u, -u)                          # right and up
+    focal = 1 / np.tan(np.radians(FIELD_OF_VIEW / 2))  # 1 is half the image's side
+    d = np.stack([x, np.full_like(x, focal), z]).reshape(3, -1)
+    c = np.cos(np.radians(degrees))
+    s = np.sin(np.radians(degrees))
     turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    return turn @ [0, -CAMERA_DISTANCE, CAMERA_HEIGHT], d @ turn.T
+    return turn @ CAMERA, turn @ [[0], [1], [0]], turn @ d
 
 
-def cast_room(o, d):
-    """The share of each surface (floor, wall, object, sky) in every ray, (R, 4); who sees floor, (R,); where."""
-    weights, nearest_hit = np.zeros((len(d), 4)), np.full(len(d), np.inf)
-    weights[:, 3] = 1                                               # sky, until something is in front of it
-    for (axis, sign), shade in zip(((1, 1), (0, -1), (0, 1)), WALL_SHADES):
-        distance = (sign * ROOM - o[axis]) / d[:, axis]
-        height = o[2] + distance * d[:, 2]
-        seen = (distance > 0) & (distance < nearest_hit)
-        nearest_hit = np.where(seen, distance, nearest_hit)
-        weights[seen] = np.where((height < WALL_HEIGHT)[:, None], [0, shade, 0, 0], [0, 0, 0, 1])[seen]
-    distance = -o[2] / d[:, 2]
-    floor = (distance > 0) & (distance < nearest_hit)
-    weights[floor] = [1, 0, 0, 0]
-    return weights, floor, o + np.where(floor, distance, 0)[:, None] * d
+def light(point, normal, view):
+    """Brightness without the lamp (R,), and what the lamp adds (R,), at points (3, R).
+
+    normal: (3, 1) or (3, R). view: (3, 1), where the camera looks.
+    """
+    to_lamp = LAMP - point  # (3, R)
+    to_lamp = to_lamp / np.sqrt((to_lamp ** 2).sum(0))
+    lamp = np.maximum((normal * to_lamp).sum(0), 0) * to_lamp[2] ** BEAM
+    headlight = np.maximum(-(normal * view).sum(0), 0)
+    return AMBIENT + HEADLIGHT * headlight, LAMPLIGHT * lamp
 
 
-def render(scale, shape, room):
-    """One geometry: weights (H * W, 4) of floor, wall, object and sky. `room`: camera and cast_room's answer."""
-    (o, d, _, floor, points), weights = room, room[2].copy()
-    near = floor & (np.abs(points[:, :2]) < 4).all(-1)              # no shadow is longer than that
-    lit, _ = hit_object(shape, scale, points[near], np.broadcast_to(LIGHT, (near.sum(), 3)))
-    weights[near, 0] = np.where(np.isfinite(lit), SHADOW, 1.0)
-    distance, normal = hit_object(shape, scale, o, d)
+def cast_room(o, view, d):
+    """The empty room: weights (5, R) of the colours of floor, wall, object, sky and white.
+
+    Also where rays meet the floor (3, R), and what the lamp adds (R,), 0 but on the floor.
+    """
+    weights = np.zeros((5, d.shape[1]))
+    weights[3] = 1  # sky
+    first = np.full(d.shape[1], np.inf)  # distance of the nearest so far
+    planes = (  # surface, axis, offset and normal on it
+        (1, 1, ROOM, -1),  # back wall
+        (1, 0, -ROOM, 1),  # left wall
+        (1, 0, ROOM, -1),  # right wall
+        (0, 2, 0, 1),      # floor
+    )
+    for surface, axis, offset, inward in planes:
+        distance = (offset - o[axis]) / d[axis]
+        point = o + distance * d  # (3, R)
+        seen = (distance > 0) & (distance < first) & (point[2] < WALL_HEIGHT)
+        first[seen] = distance[seen]
+        normal = inward * np.eye(3)[:, [axis]]  # (3, 1)
+        dark, lamp = light(point, normal, view)
+        weights[:, seen] = 0
+        weights[surface, seen] = (dark + lamp)[seen]
+    return weights, point, np.where(seen, lamp, 0)
+
+
+def render(scale, shape, eye, room):
+    """One geometry: weights (5, H*W). eye, room: what `camera` and `cast_room` return."""
+    o, view, d = eye
+    weights, point, lamp = room
+    weights = weights.copy()
+    floor = lamp > 0  # the lamp reaches all of it
+    shadow, _ = hit_object(scale, shape, point[:, floor], (LAMP - point)[:, floor])
+    weights[0, floor] -= np.where(np.isfinite(shadow), lamp[floor], 0)
+    distance, normal = hit_object(scale, shape, o, d)
     seen = np.isfinite(distance)
-    weights[seen] = 0
-    weights[seen, 2] = np.minimum(0.45 + 0.75 * np.clip(normal[seen] @ LIGHT, 0, 1), 1)      # ambient, diffuse
-    return weights.reshape(SIDE, SAMPLES, SIDE, SAMPLES, 4).mean((1, 3)).reshape(-1, 4)
+    dark, lamp = light(o + distance[seen] * d[:, seen], normal[:, seen], view)
+    weights[:, seen] = 0
+    weights[2, seen] = dark + lamp
+    weights[4, seen] = np.where(lamp > 0, HIGHLIGHT, 0)
+    samples = weights.reshape(5, SIDE, SAMPLES, SIDE, SAMPLES)
+    return samples.mean((2, 4)).reshape(5, -1)
 
 
 class World(Dataset):
-    """The built-in world: 480 geometries are rendered at the start; a picture is linear in its four colours."""
+    """The built-in world: geometries are rendered at the start, colours are mixed on demand."""
 
     def __init__(self):
-        super().__init__("built-in world", FACTOR_NAMES, FACTOR_SIZES)
-        shape = FACTOR_SIZES[3:]
-        self.weights = torch.empty(int(np.prod(shape)), SIDE ** 2, 4)                   # (G, H*W, 4)
-        with np.errstate(divide="ignore", invalid="ignore"):        # rays that miss, or never meet a plane
-            for k, degrees in enumerate(FACTOR_VALUES[5]):
-                o, d = camera(degrees)
-                room = (o, d, *cast_room(o, d))
-                for i, j in np.ndindex(shape[:2]):
-                    g = np.ravel_multi_index((i, j, k), shape)
-                    self.weights[g] = torch.from_numpy(render(FACTOR_VALUES[3][i], j, room))
-        self.hues = torch.tensor([colorsys.hsv_to_rgb(hue / 10, 1, 1) for hue in range(10)])   # (10, 3)
-        self.sky = torch.tensor(SKY)
+        super().__init__("built-in world", {"file": ""})
+        _, self.factor_names, self.factor_sizes = GRIDS[0]
+        weights = np.empty((8, 4, 15, 5, SIDE ** 2), np.float32)
+        with np.errstate(divide="ignore", invalid="ignore"):  # rays that miss
+            for k, degrees in enumerate(ORIENTATIONS):
+                eye = camera(degrees)
+                room = cast_room(*eye)
+                for i, shape in np.ndindex(8, 4):
+                    weights[i, shape, k] = render(SCALES[i], shape, eye, room)
+        self.weights = torch.from_numpy(weights).flatten(0, 2)  # (G, 5, H*W)
+        hues = [colorsys.hsv_to_rgb(hue, 1, 1) for hue in HUES.tolist()]
+        self.hues = torch.tensor(hues)                   # (10, 3)
+        self.sky_white = torch.tensor([SKY, (1, 1, 1)])  # (2, 3)
 
     def pixels(self, index):
-        f = self.factors(index)                                                         # (B, 6)
-        colours = torch.cat([self.hues[f[:, :3]], self.sky.expand(len(f), 1, 3)], 1)    # (B, 4, 3)
-        geometry = torch.from_numpy(index % len(self.weights))                          # (B,), the last three factors
-        picture = self.weights[geometry] @ colours                                      # (B, H*W, 3) in [0, 1]
-        return (picture * 255).round().to(torch.uint8).view(-1, SIDE, SIDE, 3).numpy()
+        hues = self.hues[self.factors(index)[:, :3]]    # (B, 3, 3): a row a surface
+        sky_white = self.sky_white.expand(len(hues), 2, 3)
+        colours = torch.cat([hues, sky_white], 1)       # (B, 5, 3)
+        weights = self.weights[index % len(self.weights)]
+        images = 255 * colours.mT @ weights             # (B, 3, H*W)
+        images = images.clamp_(max=255).round_().to(torch.uint8)
+        return images.view(-1, 3, SIDE, SIDE).permute(0, 2, 3, 1).numpy()
 
 
-# ---- unpacked copies ------------------------------------------------------------------------------
-# Single pictures are slow to read from what people download, so all are copied once, uncompressed, and the copy is
-# mapped into memory: however large it is, only what is asked for is read. What is copied comes from a generator, which
-# first tells what it has, then yields the pictures in blocks, uint8 (rows, ...), and at last bool (n,): the readable.
-
-@contextlib.contextmanager
-def whole(path):
-    """A temporary path that becomes `path` at the end: after an error or Ctrl-C nothing half-made is left. OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                        # h5py reports a full disk as either
-        why = str(error).split("\n")[0]
-        raise OSError(f"could not write {path} ({why}): what was there before is unharmed; make room or name another "
-                      "folder (--out, --cache), and go on (train.py --resume)") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-class Unpacked(Dataset):
-    """The pictures of a file or folder, from an unpacked copy beside it or in the folder `cache`.
-
-    source: a generator, see above, that has told the rest; used only if there is no copy of these very `files`.
-    shape: (n, 64, 64, 3), or (n, 64, 64) of 0 and 1. attributes: their names, and int64 (n, A). Pictures that cannot be
-    read are left out. Raises OSError, or ValueError when the source is damaged or the copy was cut short.
-    """
-
-    def __init__(self, source, path, cache, kind, files, shape, name, factor_names, factor_sizes, attributes=None):
-        super().__init__(name, factor_names, factor_sizes)
-        stats = [(os.path.relpath(file, path), os.path.exists(file) and os.stat(file)) for file in files]
-        made_of = kind, [(file, stat and (stat.st_size, stat.st_mtime_ns)) for file, stat in stats]
-        stem = path.name if not cache else f"{path.name}-{hashlib.sha256(repr(path).encode()).hexdigest()[:8]}"
-        self.copy = Path(cache or path.parent) / f"{stem}.{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.npy"
-        if not self.copy.exists():
-            self.unpack(source, shape, re.escape(stem) + r"\.[0-9a-f]{16}\.npy(\.\d+\.tmp)?")
-        try:
-            self.stored = np.load(self.copy, mmap_mode="r")                             # (n, H, W, 3) or (n, H, W)
-            readable = np.fromfile(self.copy, bool, offset=self.stored.offset + self.stored.nbytes)     # (n,)
-        except (ValueError, EOFError):
-            readable = ()
-        if len(readable) != shape[0]:
-            raise ValueError(f"{self.copy} was cut short: delete it, and it will be unpacked again")
-        self.rows = np.flatnonzero(readable)                                            # (len,)
-        if attributes:
-            self.attribute_names, self.attributes = attributes[0], attributes[1][self.rows]             # (len, A)
-        if missing := shape[0] - len(self):
-            print(f"{path}: skipped {missing} of {shape[0]} images, unreadable or not listed", file=sys.stderr)
-        if hasattr(mmap, "MADV_RANDOM"):
-            self.stored.base.madvise(mmap.MADV_RANDOM)              # read nothing around what is asked for
-
-    def unpack(self, source, shape, ours):
-        """Writes the pictures into an .npy file and, behind them, one byte for each: 1 if it is readable. OSError."""
-        with whole(self.copy) as temporary:
-            self.copy.parent.mkdir(parents=True, exist_ok=True)
-            for old in self.copy.parent.iterdir():                  # of what the source was, or of a killed process
-                mine = re.fullmatch(ours, old.name) and old != self.copy
-                if mine and (old.suffix == ".npy" or time.time() - old.stat().st_mtime > 60):
-                    old.unlink()
-            size, free = math.prod(shape) + shape[0], shutil.disk_usage(self.copy.parent).free
-            if free < 1.02 * size:
-                raise OSError(f"it needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
-            with open(temporary, "wb") as file, tqdm(total=size, desc=f"unpacking into {self.copy.name}", unit="B",
-                                                     unit_scale=True, mininterval=1.0) as bar:
-                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-                for block in source:
-                    bar.update(file.write(block))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def pixels(self, index):
-        rows, size = self.rows[index], self.stored[0].nbytes                            # (B,)
-        if hasattr(mmap, "MADV_WILLNEED"):                          # ask the disk for all before waiting for the first
-            for first in (self.stored.offset + rows * size).tolist():
-                page = first - first % mmap.PAGESIZE
-                self.stored.base.madvise(mmap.MADV_WILLNEED, page, first + size - page)
-        pictures = np.asarray(self.stored)[rows]                                        # (B, H, W, 3) or (B, H, W)
-        if pictures.ndim == 3:
-            pictures = np.repeat(pictures[..., None] * np.uint8(255), 3, axis=-1)       # (B, H, W, 3)
-        return pictures
-
-
-# ---- what people download -------------------------------------------------------------------------
-# Each generator first yields the arguments of Unpacked from `kind` on; kind is one of DATASETS if we know it.
-
-SLAB = 16 * 2 ** 20                                                 # bytes of pixels held in memory at a time
-SOURCE = "rendered by this EncDiff implementation's data.py; not DeepMind's 3D Shapes"      # a file's attribute
-ATTRIBUTES = "list_attr_celeba.txt"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever h5py, zipfile, zlib, NumPy or we find wrong with a file becomes a ValueError with one sentence."""
-    try:
-        yield
-    except Exception as error:
-        why = str(error).split("\n")[0] or "it ends too early"
-        raise ValueError(f"{path} is damaged, cut short or no data set we know ({why}): fetch it again") from None
-
-
-def factor_sizes_of(labels, n):
-    """Sizes of the factors whose combinations the labels (n, K) list in order, the last varying fastest. ValueError."""
-    ranks = [np.unique(column, return_inverse=True)[1] for column in labels.T] if labels.ndim == 2 else []
-    sizes = tuple(int(rank.max()) + 1 for rank in ranks)
-    if not math.prod(sizes) == len(labels) == n or (np.ravel_multi_index(ranks, sizes) != np.arange(n)).any():
-        raise ValueError(f"the {len(labels)} labels of {n} images do not list every combination of {sizes} in order")
-    return sizes
-
-
-def read_hdf5(path):
-    """A file in the layout of DeepMind's 3dshapes.h5: theirs, the built-in world, or one with other factors."""
-    with reading(path), h5py.File(path) as file:
-        images = file["images"]
-        if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
-            raise ValueError(f"`images` must be (n, 64, 64, 3) uint8, not {images.shape} {images.dtype}")
-        sizes = factor_sizes_of(file["labels"][:], len(images))
-        ours, theirs = file.attrs.get("source") == SOURCE, sizes == FACTORS["shapes3d"][1]
-        names = FACTORS["shapes3d"][0] if ours or theirs else [f"factor_{k}" for k in range(len(sizes))]
-        names, sizes = zip(*((name, size) for name, size in zip(names, sizes) if size > 1))
-        yield ("shapes3d" if ours or theirs else "a file with other factors", [path], images.shape,
-               "built-in world" if ours else TITLES["shapes3d"] if theirs else path.stem, names, sizes)
-        chunk, size = images.chunks or (1, SIDE, SIDE, 3), SIDE * SIDE * 3              # chunks may span thousands
-        rows = min(chunk[0] * max(1, SLAB // (chunk[0] * size)), 16 * SLAB // size)
-        block = np.empty((min(rows, len(images)), SIDE, SIDE, 3), np.uint8)
-        for start in range(0, len(images), rows):
-            pictures = block[:len(images) - start]                                      # (rows, H, W, 3)
-            for c in range(3) if chunk[3] == 1 else [slice(None)]:  # as the chunks are cut: twice as fast
-                pictures[..., c] = images[start:start + rows, :, :, c]
-            yield pictures
-        yield np.ones(len(images), bool)
-
-
-def read_npz(path):
-    """The .npz of MPI3D, dSprites or Cars3D, told apart by their arrays. Pickled arrays are not touched."""
-    with reading(path), zipfile.ZipFile(path) as file:
-        key, tail = ("imgs", (SIDE, SIDE)) if "imgs.npy" in file.namelist() else ("images", (SIDE, SIDE, 3))
-        with file.open(key + ".npy") as array:
-            version, _ = np.lib.format.read_magic(array)
-            shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(array)
-            whole_size = array.tell() + math.prod(shape) == file.getinfo(key + ".npy").file_size
-            if shape[1:] != tail or dtype != np.uint8 or fortran or not whole_size:
-                raise ValueError(f"`{key}` must be whole, (n, {str(tail)[1:-1]}) uint8, C order, not {shape} {dtype}")
-            counts = {math.prod(FACTORS[kind][1]): kind for kind in ("mpi3d", "cars3d")}
-            if key == "images" and shape[0] not in counts:
-                raise ValueError(f"it has {shape[0]} images, not {' or '.join(map(str, counts))}")
-            kind = "dsprites" if key == "imgs" else counts[shape[0]]
-            sizes = factor_sizes_of(np.load(path)["latents_classes"], shape[0]) if key == "imgs" else FACTORS[kind][1]
-            names, sizes = zip(*((k, size) for k, size in zip(FACTORS[kind][0], sizes, strict=True) if size > 1))
-            yield kind, [path], shape, TITLES[kind], names, sizes   # without dSprites' colour, which is always the same
-            while block := array.read(SLAB):
-                yield block
-        yield np.ones(shape[0], bool)
-
-
-def read_attributes(path):
-    """CelebA's list: the names of the attributes, and the values of each image file, bytes of 0 and 1. ValueError."""
-    count, names, *lines = path.read_text("utf-8", "replace").rstrip().split("\n") + [""]
-    names, values_of = tuple(names.split()), {}
-    for file, *values in ((line.split() or [""]) for line in lines[:-1]):
-        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
-            raise ValueError(f"{path}: not {len(names)} values of 1 or -1 for {file!r}: fetch it again")
-        values_of[file] = bytes(value == "1" for value in values)
-    if count.strip() != str(len(values_of)):
-        raise ValueError(f"{path} lists {len(values_of)} images, not {count[:50]!r} as it says: fetch it again")
-    return names, values_of
-
-
-def picture(file, side):
-    """An image file as uint8 (64, 64, 3), its shorter side resized to `side`, the centre cropped. None: unreadable."""
-    try:
-        with Image.open(file) as image:
-            image.draft("RGB", (4 * side, 4 * side))                # a large JPEG is decoded at a fraction of its size
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        image = image.resize([side * length // min(image.size) for length in image.size], Image.Resampling.BILINEAR)
-        left, top = (round((length - SIDE) / 2) for length in image.size)
-        return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))             # (H, W, 3)
-    except Exception:                                               # Pillow raises many kinds for a damaged file
-        return None
-
-
-def read_folder(path, name):
-    """A folder of images: CelebA if its list of attributes is inside, beside or above it, unless named "folder"."""
-    files = sorted(os.path.join(root, file) for root, _, names in os.walk(path) for file in names
-                   if file.lower().endswith(SUFFIXES))
-    lists = [file for file in (place / ATTRIBUTES for place in (path, *path.parents[:2])) if file.is_file()]
-    kind, side, names, values_of = "folder", SIDE, (), {os.path.basename(file): b"" for file in files}
-    if lists and name != "folder":
-        kind, side, (names, values_of) = "celeba", 96, read_attributes(lists[0])        # the crop of TAD's authors
-    table = [list(values_of.get(os.path.basename(file), bytes(len(names)))) for file in files]          # (n, A)
-    yield (kind, files + lists, (len(files), SIDE, SIDE, 3), TITLES.get(kind, path.name), (), (),
-           (names, np.array(table, np.int64)) if names else None)
-    readable, black = [], np.zeros((SIDE, SIDE, 3), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(files), 256):
-            pictures = list(pool.map(lambda file: picture(file, side) if os.path.basename(file) in values_of else None,
-                                     files[start:start + 256]))
-            readable += [one is not None for one in pictures]
-            yield np.stack([black if one is None else one for one in pictures])         # (rows, H, W, 3)
-    if not any(readable):
-        raise ValueError(f"{path}: none of its {len(files)} images is readable and listed (a folder needs no list)")
-    yield np.array(readable)
-
-
-# ---- opening, holding out, writing ----------------------------------------------------------------
-
-def open_dataset(path=None, cache=None, name=None):
-    """The built-in world (no path), or the data set in a file or folder, recognised by what is in it.
-
-    cache: folder for unpacked copies, made if missing; without, they lie beside the data. name: one of DATASETS, if
-    it must be that. Raises ValueError or OSError with one sentence about what is wrong.
-    """
-    if name and (name not in DATASETS or not path):
-        raise ValueError(f"data set {name!r}: name one of {', '.join(DATASETS)}, and give its file or folder by --data")
-    if not path:
-        return World()
-    path = Path(os.path.abspath(path))
-    if not path.exists():
-        raise FileNotFoundError(f"there is no data file {path}: check the name, or leave --data out for our own world")
-    source = (read_folder(path, name) if path.is_dir() else read_hdf5(path) if h5py.is_hdf5(path) else read_npz(path))
-    kind, *rest = next(source)
-    if name and name != kind:
-        raise ValueError(f"{path} is not {name}, it is {kind}: name that, or nothing (celeba has {ATTRIBUTES})")
-    return Unpacked(source, path, cache or None, kind, *rest)
-
-
-def hold_out(ds, share=0.0, combinations="", seed=0):
-    """Splits a data set into what training may see and what it may not: (seen, unseen), int64 arrays of indices.
-
-    share: [0, 1), drawn at random with `seed`. combinations: "floor_hue=3,shape=1" keeps out the pictures that have
-    both values; several such, with ";" between them, each keep out theirs. Raises ValueError.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"the share held out must be at least 0 and less than 1, not {share}")
-    out = np.zeros(len(ds), bool)
-    out[np.random.default_rng(seed).permutation(len(ds))[:max(round(share * len(ds)), share > 0)]] = True
-    sizes = dict(zip(ds.factor_names, ds.factor_sizes))
-    known = {f"{factor}={value}": (factor, value) for factor in sizes for value in range(sizes[factor])}
-    for group in re.sub(r"\s", "", combinations).split(";") if combinations else ():
-        where = dict(known.get(term, (None, None)) for term in group.split(","))
-        if None in where or len(where) < len(group.split(",")):
-            raise ValueError(f"{group!r} cannot be held out of {ds.name}: write it like floor_hue=3,shape=1, with "
-                             f"values from 0 below {sizes or '(it has no factors)'}, each factor once")
-        out.reshape(ds.factor_sizes)[tuple(where.get(factor, slice(None)) for factor in sizes)] = True  # a view of out
-    if out.all():
-        raise ValueError("nothing is left to train on: hold out less")
-    return np.flatnonzero(~out), np.flatnonzero(out)                                    # (seen,), (unseen,)
-
-
-def write_world(path):
-    """Writes the built-in world to `path` in DeepMind's layout: `images` and `labels`, gzip, automatic chunks."""
+def write_world(path: str | Path) -> None:
+    """Writes the built-in world as DeepMind's file: HDF5 with `images` and `labels`. InputError."""
     path = Path(path)
     if path.exists():
-        raise ValueError(f"{path} exists: name another file, or delete it first")
-    with whole(path) as temporary, h5py.File(temporary, "w") as file:
-        world, file.attrs["source"] = World(), SOURCE
-        images = file.create_dataset("images", (len(world), SIDE, SIDE, 3), np.uint8, chunks=True, compression="gzip",
-                                     compression_opts=1)
-        for start in tqdm(range(0, len(world), images.chunks[0]), desc=f"writing {path.name}", unit="slab"):
-            index = np.arange(len(world))[start:start + images.chunks[0]]
-            images[start:start + len(index)] = np.concatenate([world.pixels(part) for part in np.array_split(
-                index, max(1, len(index) // 256))])                                     # (rows, H, W, 3)
-        factors = world.factors(np.arange(len(world))).numpy()                          # (len, 6)
-        file["labels"] = np.stack([values[f] for values, f in zip(FACTOR_VALUES, factors.T)], 1)        # (len, 6)
+        raise InputError(f"{path} exists: name another file, or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    world = World()
+    n = len(world)
+    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["source"] = SOURCE
+        images = file.create_dataset("images", (n, 64, 64, 3), np.uint8, chunks=(240, 64, 64, 3),
+                                     compression=1)  # gzip, fast
+        for i in tqdm(range(0, n, 240), desc=f"writing {path.name}"):
+            images[i:i + 240] = world.pixels(np.arange(i, i + 240))
+        values = (HUES, HUES, HUES, SCALES, np.arange(4.0), ORIENTATIONS)
+        factors = world.factors(range(n)).numpy().T  # (6, n)
+        file["labels"] = np.stack([v[f] for v, f in zip(values, factors)], axis=1)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="the HDF5 file to write")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", help="the HDF5 file to write the built-in world to")
     try:
         write_world(parser.parse_args().file)
-    except (ValueError, OSError) as error:
+    except InputError as error:
         parser.error(str(error))

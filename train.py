@@ -1,500 +1,686 @@
-"""Trains EncDiff: first the autoencoder, then token encoder and diffusion U-Net together; then scores it.
+"""Trains EncDiff: first the autoencoder, then token encoder and U-Net together; then scores them.
 
     python train.py                                  # built-in world, preset small
-    python train.py --preset tiny                    # under three minutes: start here
-    python train.py --data 3dshapes.h5               # the real file, nothing else changed
-    python train.py --preset paper --device cuda     # the sizes and constants of the paper
-    python train.py --resume --out runs/world-small-0
-    torchrun --nproc_per_node 2 train.py             # each process computes its share of every batch
+    python train.py --preset tiny                    # about two minutes: start here
+    python train.py --data 3dshapes.h5               # DeepMind's file, nothing else changed
+    python train.py --preset paper --device cuda     # sizes and constants of the authors' code
+    python train.py --resume runs/world-small-0      # go on after an interruption
+    torchrun --nproc_per_node 2 train.py             # each process its share of every batch
 
-Every field of Settings is a flag. A run folder holds settings.json, log.jsonl (one JSON object a line),
-vae.pt (first stage), model.pt (encoder, U-Net and its average), codes-STEP.npy, pictures (PNG) and scores.json.
+Every field of Config, at the end of --help, is a flag. A run folder holds run.json (configuration,
+command, machine, seconds), log.jsonl (a JSON object a line), vae.pt (first stage), model.pt (token
+encoder, U-Net and its average), and from evaluate.py scores.json, codes.npz and figures.
 
-Exports: Settings, PRESETS, build_autoencoder, build_networks, build_diffusion, load_run, main.
-Letters:  B batch, Z latent channels, h, w height and width of the latent, N tokens, D token dimension.
+Letters:  B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import math
+import os
+import pickle
+import platform
 import shutil
+import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DATASETS, hold_out, open_dataset, whole
-from diffusion import LOSSES, PROCESSES, RANK, SCHEDULES, Diffusion, Reconstruction, arithmetic, choose_compile
-from diffusion import choose_device, choose_precision, ema_decay, end_with, for_training, learning_rate, meet
-from diffusion import update_ema
-from encoder import KINDS, ConceptEncoder
-from model import CONDITIONINGS, UNet
-from vae import Autoencoder, encode_all
+from data import Dataset, InputError, atomic, open_dataset
+from diffusion import SCHEDULES, Diffusion
+from encoder import ENCODERS, ConceptEncoder
+from model import CONDITIONINGS, Decoder, UNet
+from vae import FIRST_STAGES, Autoencoder
 
 
-# ---- settings -------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
-def setting(default, help, choices=None, low=None, high=math.inf):
-    """One field of Settings: default, text of its flag, choices; a number, or each of a tuple, must be low..high.
-
-    Without `low`, whole numbers are at least 1, others above 0.
-    """
-    kind = type(default[0] if isinstance(default, tuple) else default)
-    low = {int: 1, float: 1e-9}.get(kind) if low is None else low
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, kind=kind, low=low, high=high))
-
-
-@dataclasses.dataclass
-class Settings:
-    """What a run can be told. The defaults are preset small; "paper:" gives its value or, where it gives none, its
-    official code's."""
-    preset: str = setting("small", "sizes and constants to start from", ("tiny", "small", "paper"))
-    # run
-    data: str = setting("", "a data file or a folder of images; empty: the built-in world")
-    dataset: str = setting("", "which data set that is; empty: as its contents say", ("", *DATASETS))
-    cache: str = setting("", "folder for the unpacked copy of the data; empty: beside it")
-    holdout: float = setting(0.0, "share of the images that training never sees", low=0, high=0.99)
-    holdout_factors: str = setting("", 'combinations that training never sees, such as "floor_hue=3,shape=1;scale=0"')
-    out: str = setting("", "run folder; empty: runs/<data>-<preset>-<seed>")
-    seed: int = setting(0, "of weights, batches and noise", low=0, high=2 ** 32)
-    device: str = setting("auto", "cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there")
-    checkpoint_minutes: float = setting(2.0, "minutes between checkpoints", low=0)
-    precision: str = setting("auto", "auto: bfloat16 on CUDA, or float32 (paper: float32)",
-                             ("auto", "float32", "bfloat16"))
-    compile: str = setting("no", "torch.compile the networks: takes a minute or two, then saves time", ("no", "yes"))
+@dataclass
+class Config:
+    """What a run can be told. Defaults: preset small. In brackets: the authors' released code."""
+    preset: str = "small"           # tiny, small or paper: the values that the others start from
+    # the run
+    data: str = ""                  # data file or folder of images; empty: the built-in world
+    cache: str = ""                 # folder for the unpacked data; empty: beside the file
+    out: str = ""                   # run folder; empty: runs/<data>-<preset>-<seed>
+    vae: str = ""                   # another run, whose first stage is used instead of a new one
+    seed: int = 0                   # of weights, batches and noise
+    device: str = "auto"            # cpu, cuda, mps; auto: the first of cuda, mps, cpu there is
+    precision: str = "float32"      # float32 or bfloat16
+    compile: bool = False           # torch.compile the networks
+    score_images: int = 0           # images encoded for the scores, at random; 0: all [all]
     # first stage
-    first_stage: str = setting("kl", "autoencoder with a Gaussian or a quantised latent (paper: vq)", ("kl", "vq"))
-    vae: str = setting("", "a run folder whose first stage is used instead of training one")
-    vae_channels: int = setting(32, "width of its finest level (paper: 32)")
-    vae_multipliers: tuple = setting((1, 2), "its levels' widths / vae-channels (paper: 1,2,4)")
-    vae_res_blocks: int = setting(1, "its residual blocks a level (paper: 2)")
-    vae_groups: int = setting(8, "groups of its group norms (paper: 32)")
-    patch: int = setting(4, "its pictures are first cut into patch x patch squares (paper: 1)")
-    latent_channels: int = setting(4, "numbers at each place of the latent, Z (paper: 3)")
-    codebook_size: int = setting(2048, "vectors in the codebook of vq (paper: 2048)")
-    vae_steps: int = setting(4000, "its training steps")
-    vae_batch_size: int = setting(16, "its images a step (paper: 128 x 2)")
-    vae_lr: float = setting(5e-3, "its highest learning rate (paper: 1.15e-3)")
-    vae_betas: tuple = setting((0.9, 0.99), "of its Adam (paper: 0.5,0.9)", low=0, high=0.9999)
-    vae_warmup: int = setting(100, "its steps of linear warm-up (paper: 0)", low=0)
-    # tokens
-    encoder: str = setting("scalar", "kind of concept tokens (paper: scalar)", KINDS)
-    tokens: int = setting(20, "concept tokens, N (paper: 20)")
-    token_dim: int = setting(16, "numbers in a token, D (paper: 16)")
-    encoder_width: int = setting(64, "channels of the encoder's trunk (paper: 128)")
-    encoder_strides: tuple = setting((4, 2, 2), "of its convolutions (paper: 2,2,2,2)")
-    # U-Net and diffusion
-    channels: int = setting(32, "width of the U-Net's finest level (paper: 64)")
-    multipliers: tuple = setting((1, 2), "its levels' widths / channels (paper: 1,2,4,4)")
-    res_blocks: int = setting(1, "its residual blocks a level (paper: 2)")
-    attention_levels: int = setting(2, "its levels with transformer blocks, from the finest (paper: 3)", low=0)
-    heads: int = setting(2, "attention heads (paper: 8)")
-    groups: int = setting(8, "groups of its group norms (paper: 32)")
-    conditioning: str = setting("cross-attention", "how the tokens reach the U-Net (paper: cross-attention)",
-                                CONDITIONINGS)
-    objective: str = setting("diffusion", "predict the noise, or rebuild the latent from a fixed input in one step "
-                             "(paper: diffusion)", ("diffusion", "reconstruct"))
-    schedule: str = setting("linear", "noise schedule, beta_t (paper: linear)", SCHEDULES)
-    loss: str = setting("l1", "of the predicted noise (paper's code: l1)", LOSSES)
-    # optimisation
-    steps: int = setting(36000, "training steps of tokens and U-Net (paper: not given)")
-    batch_size: int = setting(16, "images a step, B (paper: 128)")
-    accumulate: int = setting(1, "parts that a batch is computed in, for little memory (paper: 1)")
-    lr: float = setting(3e-3, "highest learning rate (paper: 2.56e-4)")
-    betas: tuple = setting((0.9, 0.99), "of its AdamW (paper: 0.9,0.999)", low=0, high=0.9999)
-    warmup: int = setting(300, "steps of linear warm-up (paper: 10000)", low=0)
-    decay: str = setting("cosine", "of both learning rates, over all steps (paper: none)", ("cosine", "none"))
-    clip: float = setting(1.0, "largest norm of the gradient; 0: any (paper: 0)", low=0)
-    ema: float = setting(0.999, "limit of the U-Net average's decay (paper: 0.9999)", low=0, high=0.99999)
-    score_images: int = setting(0, "images encoded for the scores, drawn at random; 0: all (paper: all)", low=0)
+    first_stage: str = "kl"         # kl or vq [vq]
+    vae_channels: int = 32          # width of its finest level [32]
+    vae_multipliers: tuple = (1, 2)     # width of each level / vae_channels [1,2,4]
+    vae_res_blocks: int = 1         # residual blocks a level [2]
+    vae_groups: int = 8             # of its group norms [32]
+    vae_patch: int = 4              # images are first cut into squares of this side [1: not]
+    latent_channels: int = 4        # Z [3]
+    vae_steps: int = 4000           # training steps [not known]
+    vae_batch_size: int = 16        # images a step [128 x 2 accumulations]
+    vae_lr: float = 5e-3            # highest learning rate of its Adam [1.15e-3]
+    vae_betas: tuple = (0.9, 0.99)  # of its Adam [0.5,0.9]
+    # token encoder
+    encoder: str = "scalar"         # kind of tokens: scalar, vector or slot [scalar]
+    tokens: int = 20                # N [20]
+    token_dim: int = 16             # D [16; the paper's text: 32]
+    encoder_width: int = 64         # channels of its trunk [128]
+    encoder_strides: tuple = (4, 2, 2)  # of its convolutions, 2 or 4 each [2,2,2,2]
+    # U-Net
+    channels: int = 32              # width of its finest level [64]
+    multipliers: tuple = (1, 2)     # width of each level / channels [1,2,4,4]
+    res_blocks: int = 1             # residual blocks a level, one more on the way up [2]
+    groups: int = 8                 # of its group norms [32]
+    attention_levels: int = 2       # levels with transformer blocks, from the finest [3]
+    heads: int = 2                  # of every attention [8]
+    conditioning: str = "cross-attention"   # or adagn, an ablation [cross-attention]
+    # diffusion
+    schedule: str = "linear"        # linear, sqrt_linear, sqrt or cosine [linear; text: cosine]
+    loss: str = "l1"                # l1 or l2, of the predicted noise [l1; text: l2]
+    stratified: bool = True         # one t of each B-th part of 0..T-1, not B independent t [no]
+    t_power: float = 1.0            # t = T u^p, u uniform; above 1: mostly low noise [1]
+    objective: str = "diffusion"    # ablations: reconstruct, reconstruct-unet [diffusion]
+    # optimisation of encoder and U-Net
+    steps: int = 36000              # training steps [not given; reruns: 37,500]
+    batch_size: int = 16            # B [128; text: 64]
+    lr: float = 3e-3                # highest learning rate of AdamW [2.56e-4; text: 1e-4]
+    betas: tuple = (0.9, 0.99)      # of AdamW [0.9,0.999]
+    warmup: int = 300               # steps in which the learning rate rises [10000]
+    decay: str = "cosine"           # it falls to 0, the first stage's too; or none [none]
+    clip: float = 1.0               # largest norm of the gradient; 0: any [0]
+    ema: float = 0.999              # limit of the decay of the U-Net's average [0.9999]
 
 
-# DEVIATION: "small" and "tiny" are not the paper's: patches, few channels and heads, coarser strides, a learning
-# rate that is higher and falls to 0, smaller batches, other Adam betas, clipped gradients, a shorter weight average;
-# chosen by experiment for two CPU cores. In "paper" the two numbers of steps are ours: the paper does not give them.
+# DEVIATION: tiny and small are not the paper's sizes and constants; they were chosen by trials on
+# two CPU cores. In paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
 PRESETS = {
-    "small": {},
     "tiny": dict(vae_steps=400, steps=700, batch_size=32, warmup=100, score_images=30000),
-    "paper": dict(first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32, patch=1,
-                  latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9),
-                  vae_warmup=0, encoder_width=128, encoder_strides=(2, 2, 2, 2), channels=64,
-                  multipliers=(1, 2, 4, 4), res_blocks=2, attention_levels=3, heads=8, groups=32, steps=37500,
-                  batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000, decay="none", clip=0.0, ema=0.9999),
+    "small": dict(),
+    "paper": dict(
+        first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32,
+        vae_patch=1, latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3,
+        vae_betas=(0.5, 0.9), encoder_width=128, encoder_strides=(2, 2, 2, 2),
+        channels=64, multipliers=(1, 2, 4, 4), attention_levels=3, heads=8,
+        res_blocks=2, groups=32, stratified=False,
+        steps=37500, batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000,
+        decay="none", clip=0.0, ema=0.9999,
+    ),
 }
-FIRST_STAGE = ("first_stage", "vae_channels", "vae_multipliers", "vae_res_blocks", "vae_groups", "patch",
-               "latent_channels", "codebook_size", "vae_steps", "vae_batch_size", "vae_lr", "vae_betas", "vae_warmup")
-MAY_CHANGE = ("out", "cache", "device", "compile", "accumulate", "steps", "checkpoint_minutes",          # by --resume
-              "score_images")
-NOT_COMPARED = ("seed", "vae", "out", "cache", "device", "compile", "checkpoint_minutes", "score_images")   # in tables
+CHOICES = {
+    "preset": PRESETS, "precision": ("float32", "bfloat16"), "first_stage": FIRST_STAGES,
+    "encoder": ENCODERS, "conditioning": CONDITIONINGS, "schedule": SCHEDULES,
+    "loss": ("l1", "l2"), "objective": ("diffusion", "reconstruct", "reconstruct-unet"),
+    "decay": ("cosine", "none"),
+}
 
 
-def parse(argv):
-    """argv -> (Settings, resume, names of the flags given). Wrong flags end the program, as argparse does."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out (or the default folder)")
-    for field in dataclasses.fields(Settings):
-        kind = type(field.default)
-        parser.add_argument("--" + flag(field.name), choices=field.metadata["choices"],
-                            type=numbers if kind is tuple else kind,
-                            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
-                            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"))
+def parse(argv: list[str] | None) -> tuple[Config, bool]:
+    """The configuration that the command line asks for, and whether a run is resumed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder")
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+            continue
+        kind = numbers if field.type is tuple else field.type
+        parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name))
     given = vars(parser.parse_args(argv))
-    resume = given.pop("resume", False)
-    return Settings(**{**PRESETS[given.get("preset", "small")], **given}), resume, given
+    for name in ("data", "cache", "out", "vae", "resume"):
+        if given.get(name):
+            given[name] = os.path.abspath(os.path.expanduser(given[name]))
+
+    if "resume" not in given:
+        cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
+        name = f"{Path(cfg.data).stem or 'world'}-{cfg.preset}-{cfg.seed}"
+        return dataclasses.replace(cfg, out=cfg.out or os.path.abspath(f"runs/{name}")), False
+    folder = given.pop("resume")
+    wrong = set(given) - {"steps", "device", "data"}
+    if wrong:
+        raise InputError("--resume takes everything but --steps, --device and --data from the run: "
+                         f"leave out {', '.join(sorted(wrong)).replace('_', '-')}")
+    return dataclasses.replace(config_of(read_run(folder)), out=folder, **given), True
 
 
-def flag(name):
-    """A field's name as the command line has it: vae_lr -> vae-lr"""
-    return name.replace("_", "-")
-
-
-def shown(value):
-    """A setting's value in a sentence."""
-    return "(none)" if value == "" else value
-
-
-def numbers(text):
+def numbers(text: str) -> tuple:
     """'1,2,4' -> (1, 2, 4); '0.9,0.99' -> (0.9, 0.99)"""
     return tuple(float(part) if "." in part else int(part) for part in text.split(","))
 
 
-def check(s):
-    """ValueError with one sentence when a setting is impossible by itself."""
-    for field in dataclasses.fields(s):
-        value, (kind, low, high) = getattr(s, field.name), (field.metadata[k] for k in ("kind", "low", "high"))
-        if kind in (int, float) and not all(isinstance(x, (int, kind)) and low <= x <= high
-                                            for x in (value if isinstance(value, tuple) else [value])):
-            most = "" if high == math.inf else f" and at most {high}"
-            raise ValueError(f"--{flag(field.name)} {value}: must be {'whole, ' * (kind is int)}at least {low}{most}")
-    if len(s.betas) != 2 or len(s.vae_betas) != 2:
-        raise ValueError(f"--betas {s.betas}, --vae-betas {s.vae_betas}: give two numbers each, such as 0.9,0.99")
-    if s.batch_size % (K := PROCESSES * s.accumulate):
-        raise ValueError(f"--batch-size {s.batch_size} must be a multiple of processes x --accumulate, here {K}")
-    if s.vae_batch_size % PROCESSES and not (s.vae or (Path(s.out) / "model.pt").exists()):
-        raise ValueError(f"--vae-batch-size {s.vae_batch_size} must be a multiple of the {PROCESSES} processes")
-    if 0 < s.score_images < 15000:
-        raise ValueError(f"--score-images must be 0 (all) or at least 15000, as DCI needs, not {s.score_images}")
-    if (side := latent_shape(s)[1]) % 2 ** (len(s.multipliers) - 1):
-        raise ValueError(f"the U-Net's {len(s.multipliers)} levels cannot halve {side}x{side} latents "
-                         f"{len(s.multipliers) - 1} times: choose fewer --multipliers or a smaller --patch")
+def check(cfg: Config):
+    """InputError when a number is out of its range or sizes do not fit together."""
+    may_be_zero = ("seed", "score_images", "attention_levels", "warmup", "clip")
+    for name, value in dataclasses.asdict(cfg).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            wrong = type(number) in (int, float) and not 0 < number < 2**32
+            if wrong and not (number == 0 and name in may_be_zero):
+                raise InputError(f"--{name.replace('_', '-')} {number} is out of range")
+    if not all(type(m) is int for m in (*cfg.multipliers, *cfg.vae_multipliers)):
+        raise InputError("the multipliers of widths are whole numbers, such as 1,2")
+    for betas in (cfg.betas, cfg.vae_betas):
+        if len(betas) != 2 or max(betas) >= 1:
+            raise InputError(f"Adam's betas are two numbers below 1, not {betas}")
+    if set(cfg.encoder_strides) - {2, 4} or math.prod(cfg.encoder_strides) > 64:
+        raise InputError(f"--encoder-strides {cfg.encoder_strides}: 2 or 4 each, product <= 64")
+    check_sizes(cfg)
 
 
-# ---- parts ----------------------------------------------------------------------------------------
-
-def latent_shape(s):
-    """(Z, h, w) of the latents that the first stage makes of 64x64 pictures."""
-    side = 64 // (s.patch * 2 ** (len(s.vae_multipliers) - 1))
-    return s.latent_channels, side, side
-
-
-def build_autoencoder(s):
-    """The first stage that Settings s describe."""
-    return Autoencoder(s.first_stage, s.vae_channels, s.vae_multipliers, s.vae_res_blocks, s.latent_channels, s.patch,
-                       s.vae_groups, s.codebook_size)
-
-
-def build_networks(s):
-    """Token encoder and U-Net; N and D reach both from the same two settings."""
-    encoder = ConceptEncoder(s.encoder, s.tokens, s.token_dim, s.encoder_width, s.encoder_strides)
-    unet = UNet(s.latent_channels, s.channels, s.multipliers, s.res_blocks, s.attention_levels, s.heads, s.token_dim,
-                s.groups, s.conditioning, s.tokens)
-    return encoder, unet
+def check_sizes(cfg: Config):
+    """InputError when widths cannot be divided, or images not be halved, as often as asked for."""
+    for channels, multipliers, divisor in (
+        (cfg.vae_channels, cfg.vae_multipliers, cfg.vae_groups),
+        (cfg.channels, cfg.multipliers, cfg.groups),
+        (cfg.channels, cfg.multipliers, cfg.heads),
+    ):
+        for multiplier in multipliers:
+            if channels * multiplier % divisor:
+                raise InputError(f"a width of {channels * multiplier} cannot be divided into "
+                                 f"{divisor} groups or heads: change one of them")
+    halvings = len(cfg.vae_multipliers) + len(cfg.multipliers) - 2
+    if 64 % (cfg.vae_patch * 2**halvings):
+        raise InputError(f"64-pixel images cannot be cut into patches of {cfg.vae_patch} and then "
+                         f"halved {halvings} times by the first stage and the U-Net")
+    if cfg.conditioning == "adagn" and cfg.objective == "reconstruct":
+        raise InputError("--objective reconstruct has no time embedding for --conditioning adagn")
 
 
-def build_diffusion(s):
-    """The noise schedule with its loss and samplers; for the ablation without diffusion, what stands in its place."""
-    return Diffusion(s.schedule) if s.objective == "diffusion" else Reconstruction(latent_shape(s))
+# ---- networks ------------------------------------------------------------------------------------
+
+def build_vae(cfg: Config) -> Autoencoder:
+    """The first stage."""
+    return Autoencoder(
+        kind=cfg.first_stage,
+        channels=cfg.vae_channels,
+        multipliers=cfg.vae_multipliers,
+        res_blocks=cfg.vae_res_blocks,
+        latent_channels=cfg.latent_channels,
+        patch=cfg.vae_patch,
+        groups=cfg.vae_groups,
+    )
 
 
-def draw(s, rows, diffusion, device):
-    """One step's image numbers (B,), on the CPU, noise levels (B,) and noise (B, Z, h, w), in s.accumulate parts.
-
-    Under torchrun all processes draw the same and each takes its parts: together they do what one would alone.
-    """
-    B, K = s.batch_size, PROCESSES * s.accumulate
-    index = rows[torch.randint(len(rows), (B,))]                                        # (B,)
-    t = diffusion.draw_t(B)                                                             # (B,)
-    eps = torch.randn(B, *latent_shape(s), device=device)                               # (B, Z, h, w)
-    return [(index[k::K], t[k::K], eps[k::K]) for k in range(RANK, K, PROCESSES)]       # each spans all levels
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------
-
-def load(path, *parts):
-    """A checkpoint with these parts, as save wrote it, on the CPU. OSError or ValueError with one sentence."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for part in parts:
-            saved[part]
-        return saved
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: the folder holds no such checkpoint") from None
-    except Exception as error:                                      # torch raises many kinds for a damaged file
-        why = (str(error) or "it is cut short").split("\n")[0]
-        raise ValueError(f"{path} is not a readable checkpoint ({why})") from None
+def build_encoder(cfg: Config) -> ConceptEncoder:
+    """The token encoder."""
+    return ConceptEncoder(
+        kind=cfg.encoder,
+        n_tokens=cfg.tokens,
+        token_dim=cfg.token_dim,
+        width=cfg.encoder_width,
+        strides=cfg.encoder_strides,
+    )
 
 
-def fill(path, saved, **parts):
-    """Puts the states in a checkpoint into these parts. ValueError with one sentence where one does not fit."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (RuntimeError, ValueError):
-        raise ValueError(f"{path} does not fit the settings.json beside it: were two runs mixed?") from None
+def build_unet(cfg: Config) -> UNet | Decoder:
+    """The U-Net; for the ablation "reconstruct" its decoder half."""
+    sizes = dict(
+        latent_channels=cfg.latent_channels,
+        channels=cfg.channels,
+        multipliers=cfg.multipliers,
+        res_blocks=cfg.res_blocks,
+        attention_levels=cfg.attention_levels,
+        heads=cfg.heads,
+        token_dim=cfg.token_dim,
+        groups=cfg.groups,
+    )
+    if cfg.objective == "reconstruct":
+        return Decoder(latent_size=latent_shape(cfg)[1], **sizes)
+    return UNet(n_tokens=cfg.tokens, conditioning=cfg.conditioning, **sizes)
 
 
-def save(path, s, step, device, **parts):
-    """Writes a checkpoint of plain types: settings, step, the parts' and the random generators' states (not MPS's)."""
-    random = {"cpu": torch.get_rng_state(),
-              "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-    saved = dict(settings=dataclasses.asdict(s), step=step, random=random,
-                 **{name: part.state_dict() for name, part in parts.items()})
-    with whole(path) as temporary:
-        torch.save(saved, temporary)
+def latent_shape(cfg: Config) -> tuple[int, int, int]:
+    """(Z, h, w) of the latents of 64x64 images."""
+    side = 64 // (cfg.vae_patch * 2 ** (len(cfg.vae_multipliers) - 1))
+    return cfg.latent_channels, side, side
 
 
-def restore(path, device, **parts):
-    """Puts a checkpoint's states into these parts and the random generators. Returns its step, 0 without a file."""
-    if not path.exists():
-        return 0
-    saved = load(path, *parts, "step", "random")
-    fill(path, saved, **parts)
-    torch.set_rng_state(saved["random"]["cpu"])
-    if device.type == "cuda" and saved["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["random"]["cuda"], device)
-    return saved["step"]
+def fixed_input(cfg: Config) -> torch.Tensor:
+    """What the U-Net gets for x_t in the ablation "reconstruct-unet": one draw of N(0, I) for all
+    images of all runs, (1, Z, h, w)."""
+    return torch.randn(1, *latent_shape(cfg), generator=torch.Generator().manual_seed(0))
 
 
-def read_log(out):
-    """What a run has logged: dicts with stage, step, loss and seconds, oldest first."""
-    file = Path(out) / "log.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+# ---- first stage ---------------------------------------------------------------------------------
 
+def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
+    """Trains the autoencoder (Rombach et al. 2022, section 3.1); returns it, frozen."""
+    torch.manual_seed(cfg.seed)
+    fused = device.type != "mps"
+    vae = build_vae(cfg).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(vae.parameters(), cfg.vae_lr, cfg.vae_betas, fused=fused)
+    checkpoint = Path(cfg.out) / "vae.pt"
+    parts = dict(vae=vae, optimizer=optimizer)
+    start = restore(checkpoint, parts)
+    log = Log(cfg, "vae", start, cfg.vae_steps)
+    rank, processes = ranks()
+    B = cfg.vae_batch_size // processes
+    model = wrap(vae, cfg)
 
-LOG_EVERY = 50                                                      # steps between two lines of the log
+    def draw_images(n):
+        return ds.images(torch.randint(len(ds), (n,))).to(device)       # (n, 3, 64, 64)
 
-
-class Progress:
-    """How far one stage of a run is: its checkpoint, its lines in log.jsonl, its bar. `parts` have a state_dict."""
-
-    def __init__(self, s, out, stage, checkpoint, steps, batch_size, device, **parts):
-        self.s, self.stage, self.checkpoint, self.steps, self.batch_size = s, stage, out / checkpoint, steps, batch_size
-        self.log, self.device, self.parts = out / "log.jsonl", device, parts
-        self.step = restore(self.checkpoint, device, **parts)
-        lines = [line for line in read_log(out) if line["stage"] != stage or line["step"] <= self.step]
-        if RANK == 0:                                               # the first process writes, here and below
-            with whole(self.log) as file:                           # what came after the checkpoint is done again
-                file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.seconds = max([line["seconds"] for line in lines if line["stage"] == stage], default=0.0)
-
-    def begin(self):
-        """Starts the clock and the bar."""
-        self.saved, self.started = time.monotonic(), time.monotonic() - self.seconds
-        self.bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, unit="step", mininterval=1.0,
-                        disable=self.step >= self.steps or RANK > 0)
-
-    def after_step(self, loss, must_be_finite):
-        """Counts a step; every so often logs its loss and saves. ValueError if either scalar is not finite."""
-        self.step += 1
-        if self.step % LOG_EVERY and self.step < self.steps:
-            return
-        means = torch.stack([loss.detach(), must_be_finite.detach()]) / PROCESSES       # (2,)
-        if PROCESSES > 1:
-            dist.all_reduce(means)
-        loss = means[0].item()
-        if not means.isfinite().all():
-            raise ValueError(f"the {self.stage} loss is not a finite number at step {self.step}: training stopped, the "
-                             "last checkpoint is kept; start again with a lower learning rate")
-        if RANK > 0:
-            return
-        seconds = time.monotonic() - self.started
-        line = dict(stage=self.stage, step=self.step, loss=round(loss, 6), seconds=round(seconds, 2))
-        with open(self.log, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        rate = self.step * self.batch_size / seconds
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
-        self.bar.update(self.step - self.bar.n)
-        if self.step == self.steps or time.monotonic() - self.saved >= 60 * self.s.checkpoint_minutes:
-            save(self.checkpoint, self.s, self.step, self.device, **self.parts)
-            self.saved = time.monotonic()
-        if self.step == self.steps:
-            self.bar.close()
-
-
-# ---- the two stages -------------------------------------------------------------------------------
-
-def train_first_stage(s, ds, rows, out, device):
-    """Trains the autoencoder on L1 + KL or codebook (Rombach et al. 2022, section 3.1). Returns it, frozen."""
-    torch.manual_seed(s.seed)
-    vae = build_autoencoder(s).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(vae.parameters(), s.vae_lr, s.vae_betas, fused=device.type in ("cpu", "cuda"))
-    progress = Progress(s, out, "vae", "vae.pt", s.vae_steps, s.vae_batch_size, device, vae=vae, optimizer=optimizer)
-    images_of = lambda index: ds.images(index).to(device)                               # (n,) -> (n, 3, 64, 64)
-    sample = lambda n: rows[torch.randint(len(rows), (n,))]                             # (n,)
-    if progress.step == 0 and s.first_stage == "vq":
-        vae.codebook.start_from(vae.encode(images_of(sample(s.vae_batch_size))))
-    loss_of = for_training(vae, s.compile)
-    progress.begin()
-    while progress.step < s.vae_steps:
-        images = images_of(sample(s.vae_batch_size)[RANK::PROCESSES])                   # (B / processes, 3, 64, 64)
-        optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.vae_steps, s.vae_lr, s.vae_warmup, s.decay)
-        loss, l1 = loss_of(images)
+    if start == 0 and cfg.first_stage == "vq":
+        with torch.no_grad():
+            vae.codebook.init_from(vae.encoder(draw_images(256)))
+    for step in range(start, cfg.vae_steps):
+        seed_step(cfg.seed, step)
+        images = draw_images(B)                                         # (B, 3, 64, 64)
+        loss, l1 = model(images)
         optimizer.zero_grad()
         loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), math.inf)   # measured, not clipped
+        lr = learning_rate(step, cfg.vae_steps, cfg.vae_lr, warmup=100, decay=cfg.decay)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        # DEVIATION: scaled once trained, by 1,024 images; the authors' scale comes from the first training batch
-        if progress.step == s.vae_steps - 1:
-            vae.eval().set_scale(images_of(sample(1024)))
-        progress.after_step(l1, loss)                               # the log shows L1 alone
+        if step + 1 == cfg.vae_steps:
+            # DEVIATION: from 1,024 images; the authors' from the diffusion's first batch
+            vae.set_scale(draw_images(1024))
+            if processes > 1:
+                dist.broadcast(vae.scale, src=0)
+        if log.add(l1, norm):
+            save_checkpoint(checkpoint, cfg, step + 1, parts)
     return vae.eval().requires_grad_(False)
 
 
-def prepare(s, ds, vae, device, most=2 ** 31):
-    """A function index (B,) -> images (B, 3, 64, 64) and their latents x_0 (B, Z, h, w), on the device.
+# ---- tokens and U-Net ----------------------------------------------------------------------------
 
-    When training looks at more pictures than there are, all latents are computed once, if they take at most `most`
-    bytes; a GPU that has four times the memory that pictures and latents need then keeps the pictures, too.
+def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.device):
+    """Trains token encoder and U-Net on the noise-prediction loss alone.
+
+    DDPM's algorithm 1 with EncDiff's tokens as the condition (EncDiff, method section).
     """
-    n = len(ds)
-    if s.steps * s.batch_size <= n or 2 * n * math.prod(latent_shape(s)) > most:
-        return lambda index: (images := ds.images(index).to(device), vae.encode(images))
-    needed = n * (3 * 64 ** 2 + 2 * math.prod(latent_shape(s)))                         # bytes
-    room = device.type == "cuda" and torch.cuda.mem_get_info(device.index)[0] > 4 * needed
-    parts = tqdm(torch.arange(n).split(512), desc="latents", unit="batch", mininterval=1.0, disable=RANK > 0)
-    latents, pixels = encode_all(vae, ds.images, parts, device, room)                   # (n, Z, h, w), (n, 3, 64, 64)
-    def batch(index):
-        there = index.to(device, non_blocking=True)                                     # (B,)
-        return pixels[there] / 127.5 - 1 if room else ds.images(index).to(device), latents[there].float()
-    return batch
+    torch.manual_seed(cfg.seed + 1)
+    diffusion = Diffusion(cfg.schedule).to(device)
+    encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
+    unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(unet).requires_grad_(False)     # of the U-Net alone, as the authors have it
+    fused = device.type != "mps"
+    params = [*encoder.parameters(), *unet.parameters()]
+    optimizer = torch.optim.AdamW(params, cfg.lr, cfg.betas, weight_decay=0.01, fused=fused)
+    checkpoint = Path(cfg.out) / "model.pt"
+    parts = dict(encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
+    start = restore(checkpoint, parts)
+    log = Log(cfg, "tokens", start, cfg.steps)
+    B, T = cfg.batch_size // ranks()[1], diffusion.steps
+    constant = fixed_input(cfg).to(device)                      # of an ablation, see below
+    loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
+    raw_unet = unet                                             # not compiled, not distributed
+    encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
 
+    for step in range(start, cfg.steps):
+        seed_step(cfg.seed, step)
+        images = ds.images(torch.randint(len(ds), (B,))).to(device)     # (B, 3, 64, 64)
+        x_0 = vae.encode(images)                                        # (B, Z, h, w)
+        u = torch.rand(B)
+        if cfg.stratified:                                      # DEVIATION: one t of each B-th part
+            u = (torch.arange(B) + u) / B
+        t = (T * u**cfg.t_power).long().clamp(max=T - 1).to(device)     # (B,)
+        eps = torch.randn_like(x_0)
+        x_t = diffusion.q_sample(x_0, t, eps)                           # (B, Z, h, w)
+        target = eps
+        if cfg.objective != "diffusion":                        # ablations: x_0 from tokens alone
+            x_t, t, target = constant.expand_as(x_0), torch.zeros_like(t), x_0
 
-def train_tokens(s, ds, rows, vae, out, device):
-    """Trains token encoder and U-Net on the noise-prediction loss alone (EncDiff, method section)."""
-    torch.manual_seed(s.seed + 1)
-    diffusion = build_diffusion(s).to(device)
-    encoder, unet = (part.to(device, memory_format=torch.channels_last) for part in build_networks(s))
-    ema = copy.deepcopy(unet).requires_grad_(False)                 # of the U-Net alone, as in the official code
-    parameters = [*encoder.parameters(), *unet.parameters()]
-    optimizer = torch.optim.AdamW(parameters, s.lr, s.betas, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
-    progress = Progress(s, out, "tokens", "model.pt", s.steps, s.batch_size, device,
-                        encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
-    batch = prepare(s, ds, vae, device) if progress.step < s.steps else None
-    encoder, unet = (for_training(part, s.compile) for part in (encoder, unet))
-    progress.begin()
-    while progress.step < s.steps:
-        optimizer.param_groups[0]["lr"] = learning_rate(progress.step, s.steps, s.lr, s.warmup, s.decay)
+        with autocast(cfg, device):
+            tokens = encoder(images)                                    # (B, N, D)
+            eps_pred = unet(x_t, t, tokens)                             # (B, Z, h, w)
+            loss = loss_function(eps_pred, target)
         optimizer.zero_grad()
-        loss = torch.zeros((), device=device)
-        for index, t, eps in draw(s, rows, diffusion, device):      # noise: (B,), (B,), (B, Z, h, w); B of a part
-            images, x_0 = batch(index)                              # data: (B, 3, 64, 64), (B, Z, h, w)
-            with arithmetic(s.precision, device):
-                tokens = encoder(images)                            # tokens: (B, N, D)
-                part_loss = diffusion.loss(lambda x_t, t: unet(x_t, t, tokens), x_0, t, eps, s.loss)    # loss
-            (part_loss / s.accumulate).backward()
-            loss += part_loss.detach() / s.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
-        optimizer.step()                                            # step
-        update_ema(ema, unet, ema_decay(progress.step + 1, s.ema))  # average
-        progress.after_step(loss, norm)                             # log, checkpoint
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        update_ema(ema, raw_unet, ema_decay(step + 1, cfg.ema))
+        if log.add(loss, norm):
+            save_checkpoint(checkpoint, cfg, step + 1, parts)
 
 
-# ---- the run --------------------------------------------------------------------------------------
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
+    """Linear warm-up to `peak`; "cosine" multiplies it by a half cosine from 1 down to 0."""
+    lr = peak * min(1.0, (step + 1) / max(1, warmup))
+    if decay == "cosine":
+        lr *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return lr
 
-def read_settings(out):
-    """The Settings of a run folder; OSError or ValueError with one sentence."""
-    file = Path(out) / "settings.json"
+
+def ema_decay(n: int, limit: float = 0.9999) -> float:
+    """Decay of the moving average at its n-th update, n = 1, 2, ..: a short memory early.
+
+    As in latent diffusion's code, with which EncDiff's authors train.
+    """
+    return min(limit, (1 + n) / (10 + n))
+
+
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float):
+    """ema <- decay * ema + (1 - decay) * model, parameter by parameter, in place."""
+    for average, parameter in zip(ema.parameters(), model.parameters()):
+        average.lerp_(parameter, 1 - decay)
+
+
+def seed_step(seed: int, step: int):
+    """Seeds a step's draws, in every process other ones: a resumed run draws what it would have."""
+    rank, processes = ranks()
+    torch.manual_seed(seed * 10**9 + step * processes + rank)
+
+
+# ---- devices and processes -----------------------------------------------------------------------
+
+def choose_device(name: str) -> torch.device:
+    """"auto" or a name -> torch.device; under torchrun each process its own GPU. InputError."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available() and "RANK" not in os.environ
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        saved = json.loads(file.read_text())
-        return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{out} holds no run: there is no settings.json in it") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as this version's settings ({error})") from None
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}): try cpu") from error
+    return torch.device(name)
 
 
-def write_json(path, contents):
+def ranks() -> tuple[int, int]:
+    """The number of this process and of all processes: 0 and 1 unless torchrun started several."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def wrap(module: torch.nn.Module, cfg: Config) -> torch.nn.Module:
+    """The module compiled if asked for, its gradients averaged over the processes if several."""
+    if cfg.compile:
+        module = torch.compile(module)
+    if dist.is_initialized():
+        module = DistributedDataParallel(module)
+    return module
+
+
+def autocast(cfg: Config, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which the networks compute in cfg.precision."""
+    if cfg.precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# ---- run folder and checkpoints ------------------------------------------------------------------
+
+LOG_EVERY = 50                          # steps between two lines of the log
+SAVE_EVERY = 120                        # seconds between two checkpoints, which follow a line
+
+
+class Log:
+    """The progress of one stage: its lines in log.jsonl, its bar, and when to save."""
+
+    def __init__(self, cfg: Config, stage: str, start: int, steps: int):
+        self.path = Path(cfg.out) / "log.jsonl"
+        self.stage, self.step, self.steps = stage, start, steps
+        self.losses = []                                        # since the last line
+        self.seconds = 0.0
+        kept = ""                                               # lines up to the checkpoint
+        for line in read_log(cfg.out):
+            if line["stage"] != stage or line["step"] <= start:
+                kept += json.dumps(line) + "\n"
+            if line["stage"] == stage and line["step"] <= start:
+                self.seconds = line["seconds"]
+        self.is_first = ranks()[0] == 0                         # the process that writes
+        if self.is_first:
+            with atomic(self.path) as temporary:
+                temporary.write_text(kept)
+        self.started = self.saved = time.monotonic()
+        hidden = start >= steps or not self.is_first
+        self.bar = tqdm(total=steps, initial=start, desc=stage, mininterval=1.0, disable=hidden)
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Counts a step with its loss and its gradient's norm; returns whether to save now.
+
+        A line has the mean loss since the last one. InputError when the loss has diverged.
+        """
+        self.step += 1
+        self.losses.append(loss.detach())
+        if self.step % LOG_EVERY and self.step < self.steps:
+            return False
+        loss = torch.stack(self.losses).mean().item()
+        if not math.isfinite(loss + norm.item()):
+            raise InputError(f"the {self.stage} loss diverged before step {self.step}: start again "
+                             "with a lower learning rate; the last checkpoint is kept")
+        now = time.monotonic()
+        seconds = round(self.seconds + now - self.started, 2)
+        line = dict(stage=self.stage, step=self.step, loss=round(loss, 6), seconds=seconds)
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update(len(self.losses))
+        self.losses = []
+        if not self.is_first:
+            return False
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if now - self.saved < SAVE_EVERY and self.step < self.steps:
+            return False
+        self.saved = now
+        return True
+
+
+def read_log(folder: str | Path) -> list[dict]:
+    """The lines of a run's log: stage, step, mean loss since the last line, seconds so far."""
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]   # the last may be cut short
+
+
+def save_checkpoint(path: Path, cfg: Config, step: int, parts: dict):
+    """Writes configuration, step and the states of the parts: plain types, whole or not at all."""
+    contents = dict(config=dataclasses.asdict(cfg), step=step)
+    for name, part in parts.items():
+        contents[name] = part.state_dict()
+    with atomic(path) as temporary:
+        torch.save(contents, temporary)
+
+
+def restore(path: Path, parts: dict) -> int:
+    """Puts a checkpoint's states into the parts; the step to go on from, 0 without a checkpoint."""
+    return load_checkpoint(path, **parts)["step"] if path.exists() else 0
+
+
+def load_checkpoint(path: str | Path, **parts) -> dict:
+    """A checkpoint's contents, on the CPU; the states named in `parts` are put into these parts.
+
+    InputError when the file is missing, is no checkpoint, or is one of other sizes.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: has this run been trained?") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path} is damaged: train again ({reason})") from error
+    for name, part in parts.items():
+        state = contents.get(name, {})
+        if not same_shapes(state, part.state_dict()):
+            raise InputError(f"{path} is of another configuration than run.json beside it")
+        part.load_state_dict(state)
+    return contents
+
+
+def same_shapes(state: dict, expected: dict) -> bool:
+    """Whether a module's saved state fits; an optimizer's is not looked at."""
+    if "param_groups" in expected:
+        return "param_groups" in state
+    shapes = {name: value.shape for name, value in state.items()}
+    return shapes == {name: value.shape for name, value in expected.items()}
+
+
+def write_json(path: Path, contents: dict | list):
     """Writes a JSON file, whole or not at all."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1) + "\n")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1, allow_nan=False) + "\n")
 
 
-def load_run(out, device):
-    """A finished (or interrupted) run: its Settings, autoencoder, token encoder, averaged U-Net, and step."""
-    s, out = read_settings(out), Path(out)
-    first_stage, model = load(out / "vae.pt", "vae"), load(out / "model.pt", "encoder", "ema", "step")
-    vae, (encoder, unet) = build_autoencoder(s), build_networks(s)
-    fill(out / "vae.pt", first_stage, vae=vae)
-    fill(out / "model.pt", model, encoder=encoder, ema=unet)
-    parts = [part.to(device).eval().requires_grad_(False) for part in (vae, encoder, unet)]
-    return s, *parts, model["step"]
+def read_run(folder: str | Path) -> dict:
+    """What run.json of a run folder says. InputError when there is none."""
+    path = Path(folder) / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} holds no run: there is no run.json in it") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error})") from error
 
 
-def settle(s, resume, given):
-    """Checks the run folder against the flags; returns the Settings to train with. Reads only."""
-    out = Path(s.out or f"runs/{Path(s.data).stem or 'world'}-{s.preset}-{s.seed}")
-    s = dataclasses.replace(s, out=str(out))
-    if resume:
-        old = read_settings(out)
-        changed = [name for name in given if name not in MAY_CHANGE and given[name] not in ("auto", getattr(old, name))]
-        if changed:
-            raise ValueError("--resume with other settings than the run was started with: " + ", ".join(
-                f"--{flag(name)} was {shown(getattr(old, name))}, not {shown(getattr(s, name))}" for name in changed))
-        taken = load(out / "model.pt", "step")["step"] if (out / "model.pt").exists() else 0
-        if taken > given.get("steps", math.inf):
-            raise ValueError(f"--steps {s.steps}: {out} has taken {taken} already")
-        return dataclasses.replace(old, out=str(out), **{k: given[k] for k in MAY_CHANGE if k in given and k != "out"})
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: choose another folder with --out; or, if it holds a run, continue "
-                         f"it with --resume or score it with python evaluate.py {out}")
-    if s.vae:
-        other = read_settings(s.vae)
-        must = ("data", "holdout", "holdout_factors", "first_stage")
-        for name in (*must, *FIRST_STAGE):
-            theirs, ours = getattr(other, name), getattr(s, name)
-            if theirs != ours and (name in given or name in must):
-                raise ValueError(f"--vae {s.vae} was trained with --{flag(name)} {shown(theirs)}, not {shown(ours)}: "
-                                 "give the same here, or train a first stage for this run")
-        if load(Path(s.vae) / "vae.pt", "step")["step"] < other.vae_steps:
-            raise ValueError(f"--vae {s.vae}: its first stage is not finished; continue that run with --resume")
-        s = dataclasses.replace(s, **{name: getattr(other, name) for name in FIRST_STAGE})
-    return s
+def config_of(run: dict) -> Config:
+    """The configuration of what read_run returned. InputError when another version wrote it."""
+    config = {}
+    for name, value in run["config"].items():
+        config[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return Config(**config)
+    except TypeError as error:
+        raise InputError(f"this run is of another version of the code ({error})") from error
 
 
-def main(argv=None):
-    """Trains and scores one run; returns its folder. Raises ValueError or OSError with one clear sentence."""
-    s = settle(*parse(argv))
-    check(s)
-    device = choose_device(s.device)
-    s = dataclasses.replace(s, precision=choose_precision(s.precision, device),
-                            compile=choose_compile(s.compile, device))
-    parts, out = [build_autoencoder(s), *build_networks(s)], Path(s.out)        # fails before anything is written
-    meet(device)                                                    # all have looked at the folder, in settle
-    if RANK > 0:
-        meet(device)                                                # the first process has unpacked and written, below
-    ds = open_dataset(s.data, s.cache, s.dataset)
-    rows = torch.from_numpy(hold_out(ds, s.holdout, s.holdout_factors)[0])              # (n,), what training may see
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if s.vae and not (out / "vae.pt").exists():
-            with whole(out / "vae.pt") as temporary:
-                shutil.copyfile(Path(s.vae) / "vae.pt", temporary)
-        write_json(out / "settings.json", dataclasses.asdict(s))
-        print(*(f"{name}: {value}" for name, value in dataclasses.asdict(s).items()), sep="\n")
-        print(*(f"{type(p).__name__}: {sum(w.numel() for w in p.parameters()):,} parameters" for p in parts), sep="\n")
-        meet(device)
-    vae = train_first_stage(s, ds, rows, out, device)
-    train_tokens(s, ds, rows, vae, out, device)
-    if PROCESSES > 1:
+def machine(device: torch.device) -> dict:
+    """What results depend on beside the configuration: command, commit, versions, processor."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    processor = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":")[1].strip()
+    return dict(
+        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        commit=commit,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        processor=processor,
+        threads=torch.get_num_threads(),
+        processes=ranks()[1],
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    )
+
+
+def peak_memory(device: torch.device) -> dict:
+    """The most memory used so far, in MiB: of the process (not on Windows) and of its GPU."""
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peak["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    if device.type == "cuda":
+        peak["gpu"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return peak
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+def take_first_stage(cfg: Config) -> Config:
+    """Copies the first stage of the run cfg.vae into this run's folder; cfg with its settings."""
+    path = Path(cfg.vae) / "vae.pt"
+    other = load_checkpoint(path)
+    settings = {}
+    for name, value in other["config"].items():
+        if name in ("first_stage", "latent_channels") or name.startswith("vae_"):
+            settings[name] = value
+    if other["step"] < settings["vae_steps"]:
+        raise InputError(f"the first stage in {cfg.vae} is not finished: --resume that run")
+    with atomic(Path(cfg.out) / "vae.pt") as temporary:
+        shutil.copyfile(path, temporary)
+    return dataclasses.replace(cfg, **settings)
+
+
+def prepare(cfg: Config, resume: bool, device: torch.device):
+    """Makes the run folder, or looks at the one to go on with; unpacks the data; writes run.json.
+
+    InputError when the folder is in use, has gone further, or was trained on other data.
+    """
+    folder = Path(cfg.out)
+    if resume and (folder / "model.pt").exists():
+        taken = load_checkpoint(folder / "model.pt")["step"]
+        if taken > cfg.steps:
+            raise InputError(f"--steps {cfg.steps}: {folder} has taken {taken} steps already")
+    if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already: go on with --resume {folder}, or choose "
+                         "another folder with --out")
+    ds = open_dataset(cfg.data, cfg.cache)
+    run = read_run(folder) if resume else {}
+    data = dict(name=ds.name, images=len(ds), factor_sizes=list(ds.factor_sizes), source=ds.source)
+    was = run.get("data", data)
+    if (was["images"], was["factor_sizes"]) != (data["images"], data["factor_sizes"]):
+        raise InputError(f"{folder} was trained on {was['images']} images of {was['name']}; "
+                         f"{cfg.data or 'the built-in world'} has {len(ds)} of {ds.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.vae and not (folder / "vae.pt").exists():
+        cfg = take_first_stage(cfg)
+        check(cfg)
+    run["config"] = dataclasses.asdict(cfg)
+    run["data"] = data
+    run.setdefault("machine", machine(device))                  # where it was started
+    run["parameters"] = {}
+    for part in (build_vae(cfg), build_encoder(cfg), build_unet(cfg)):
+        run["parameters"][type(part).__name__] = sum(p.numel() for p in part.parameters())
+    write_json(folder / "run.json", run)
+    for name, value in run["config"].items():
+        print(f"{name}: {value}")
+    print("parameters:", run["parameters"])
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Trains a run and returns its folder. InputError for a mistake in what it was given."""
+    cfg, resume = parse(argv)
+    check(cfg)
+    device = choose_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:                                    # torchrun started this process
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, processes = ranks()
+    if cfg.batch_size % processes or cfg.vae_batch_size % processes:
+        raise InputError(f"the {processes} processes cannot share batches of {cfg.batch_size} and "
+                         f"{cfg.vae_batch_size} images evenly")
+    if rank == 0:
+        prepare(cfg, resume, device)
+    if processes > 1:
+        dist.barrier()
+    run = read_run(cfg.out)
+    cfg = config_of(run)
+    ds = open_dataset(cfg.data, cfg.cache)
+    vae = train_vae(cfg, ds, device)
+    train_tokens(cfg, ds, vae, device)
+    if rank == 0:
+        run["seconds"] = {line["stage"]: line["seconds"] for line in read_log(cfg.out)}
+        run["peak_memory_mib"] = peak_memory(device)
+        write_json(Path(cfg.out) / "run.json", run)
+    if dist.is_initialized():
         dist.destroy_process_group()
-    if RANK == 0:
-        import evaluate                                             # here, because evaluate.py imports this file
-        evaluate.main([str(out), "--device", str(device)])
-    return out
+    return cfg.out
 
 
 if __name__ == "__main__":
-    end_with(main)
+    try:
+        folder = main()
+        if os.environ.get("RANK", "0") == "0":
+            import evaluate
+            evaluate.main([folder])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
