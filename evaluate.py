@@ -5,9 +5,8 @@
     python evaluate.py RUN --figures [NAME ...]
     python evaluate.py --codes FILE.npz     # scores of arrays z (n, N) and y (n, K)
 
-The scores of EncDiff's tables with the protocol of the authors' code, swap accuracy (ours), and
-the paper's figures, without FID. The metrics take arrays and can be copied: dci, factor_vae_score,
-beta_vae_score, mig, tad, swap_accuracy.
+The scores of EncDiff's tables (but FID) with the protocol of the authors' code, swap accuracy
+(ours), and the paper's figures. The metrics take arrays and can be copied.
 
 Letters:  n points (images), N codes or tokens, K factors, D token dimension, C classes of a factor,
 V bins of a code, M nodes of a tree's level, R importance, H entropy.
@@ -38,13 +37,13 @@ from diffusion import SCHEDULES, Diffusion
 Array = np.ndarray
 
 
-# ---- metrics on arrays ----
+# ---- metrics on arrays ---------------------------------------------------------------------------
 # z: codes (n, N); y: factors (n, K), of any values that are classes.
 
 def check_codes(z, y):
     """z (n, N) as float32, and y (n, K) as class numbers 0, 1, .. of int64. InputError."""
     z, y = np.asarray(z), np.asarray(y)
-    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or z.size == 0 or y.size == 0:
+    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or 0 in z.shape + y.shape:
         raise InputError(f"codes must be (n, N) and factors (n, K), not {z.shape} and {y.shape}")
     wrong = ~np.isfinite(z).all(1) | (y != y).any(1)  # only NaN differs from itself
     if wrong.any():
@@ -61,7 +60,7 @@ def check_codes(z, y):
 def entropy(p, base=math.e):
     """Entropy of each row of p (rows, columns), first divided by its sum: (rows,)."""
     p = p / p.sum(1, keepdims=True)
-    logarithm = np.log(np.maximum(p, 1e-300))  # so that 0 log 0 = 0
+    logarithm = np.log(np.maximum(p, 1e-300))  # 0 log 0 = 0
     return -(p * logarithm).sum(1) / np.log(base)
 
 
@@ -78,8 +77,8 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, max_bins: 
     """Disentanglement, completeness and informativeness (Eastwood and Williams 2018), [0, 1].
 
     Gradient-boosted trees predict each factor from all codes. max_bins: of a code [0: every value
-    its own for up to 2,000 training points and 64 codes, else 256]. Returns also accuracy (K,) and
-    importance (N, K): a code's share of the decrease of squared error.
+    its own for up to 2,000 training points and 64 codes, else 256]. Also returns accuracy (K,) and
+    importance (N, K), a code's share of the decrease of squared error.
     """
     n = len(z_train)
     z, y = check_codes(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
@@ -90,7 +89,7 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, max_bins: 
         max_bins = n if n <= 2000 and N <= 64 else 256
     bins, bags = bin_codes(z, n, max_bins)
     R = np.zeros((N, K), np.float32)
-    right = np.zeros(y.shape, bool)  # (n + n_test, K)
+    right = np.zeros(y.shape, bool)
     for k in range(K):
         classes = torch.from_numpy(y[:, k])
         importance, predicted = boost(bags, bins, classes[:n], C=int(classes.max()) + 1)
@@ -106,7 +105,7 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, max_bins: 
     }
 
 
-def dci_scores(z: Array, y: Array, seed: int = 0, points: tuple = (10000, 5000)) -> dict:
+def dci_scores(z, y, seed=0, points=(10000, 5000)):
     """dci of as many training and test points, drawn without replacement, in types for JSON."""
     if len(z) < sum(points):
         raise InputError(f"DCI needs {sum(points)} points, {len(z)} are there")
@@ -117,16 +116,16 @@ def dci_scores(z: Array, y: Array, seed: int = 0, points: tuple = (10000, 5000))
 
 
 def draw_partners(y, first, rng):
-    """A factor (points,) for each row of points `first` (points, batch), and others of its value.
+    """A factor (points,) for each row of `first` (points, batch); like first, points of its value.
 
-    y: class numbers (n, K). The others are like first.
+    y: class numbers (n, K).
     """
     factor = rng.integers(y.shape[1], size=len(first))
     second = np.empty_like(first)  # (points, batch)
     for k in range(y.shape[1]):
         order = np.argsort(y[:, k], kind="stable")  # class 0, then 1, ..
         count = np.bincount(y[:, k])
-        start = count.cumsum() - count  # where a class begins, (C,)
+        start = count.cumsum() - count  # where a class begins
         value = y[first[factor == k], k]
         offset = (rng.random(value.shape) * count[value]).astype(np.int64)
         second[factor == k] = order[start[value] + offset]
@@ -140,13 +139,13 @@ def factor_vae_score(
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
     A vote: of `batch` points that share a factor's value, the code that varies least, relative to
-    its deviation over `points` points; under min_std it is pruned. votes: to learn which factor a
-    code stands for, and to be predicted.
+    its deviation over `points` points; under min_std it is pruned. votes: to learn a code's factor
+    from, and to predict.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
     rows = rng.choice(len(z), min(points, len(z)), replace=False)
-    std = z[rows].std(0)  # (N,)
+    std = z[rows].std(0)
     kept = std >= min_std
     if not kept.all():
         print(f"{(~kept).sum()} of {len(kept)} codes have a deviation under {min_std}: pruned")
@@ -171,7 +170,7 @@ def beta_vae_score(
     """beta-VAE score (Higgins et al. 2017), an accuracy in [0, 1].
 
     A linear classifier tells which factor `batch` pairs of points share, from the mean |difference|
-    of their codes. points: inputs to learn from, and to be predicted.
+    of their codes. points: inputs to learn from, and to predict.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
@@ -181,7 +180,7 @@ def beta_vae_score(
     for i in range(len(x)):
         x[i] = np.abs(z[first[i]] - z[second[i]]).mean(0)
     n = points[0]
-    # DEVIATION: standardised, so that a code's scale does not matter; the authors pass x as it is
+    # DEVIATION: standardised, against the codes' scales; the authors pass x as it is
     x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-12)
     x = F.pad(torch.from_numpy(x), (0, 1), value=1.0)  # (points, N + 1), with a bias
     target = torch.from_numpy(factor)
@@ -210,15 +209,15 @@ def mig(z: Array, y: Array, seed: int = 0, points: int = 10000, n_bins: int = 20
     z, y = z[rows].astype(np.float64), y[rows]
     n, N = z.shape
     z = z - z.min(0)
-    top = np.where(z.max(0) > 0, z.max(0), 1)  # (N,)
+    top = np.where(z.max(0) > 0, z.max(0), 1)
     bins = np.minimum(z / top * n_bins, n_bins - 1).astype(np.int64)  # (n, N)
     gaps = []
     for k in range(y.shape[1]):
         C = y[:, k].max() + 1
         cell = (np.arange(N) * n_bins + bins) * C + y[:, k, None]  # (n, N)
         joint = np.bincount(cell.ravel(), minlength=N * n_bins * C)
-        joint = joint.reshape(N, n_bins, C) / n  # p(bin, class), code by code
-        H_y = entropy(joint.sum(1))  # (N,), all equal
+        joint = joint.reshape(N, n_bins, C) / n  # p(bin, class)
+        H_y = entropy(joint.sum(1))
         information = entropy(joint.sum(2)) + H_y - entropy(joint.reshape(N, -1))
         second, first = np.sort(np.append(information, 0))[-2:]  # 0 is there for N = 1
         gaps.append((first - second) / H_y[0])
@@ -235,8 +234,8 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
     varies = (y != y[:1]).any(0)  # one value has no area
     z, a = check_codes(z, y[:, varies])
     if a.max() > 1:
-        raise InputError("TAD is for attributes of two values, and there are factors of more")
-    n_1 = a.sum(0)  # (A,): how many are 1
+        raise InputError("TAD is for attributes of two values")
+    n_1 = a.sum(0)  # (A,), of ones
     n_0 = len(a) - n_1
     rank = np.empty(z.shape)  # (n, N), 1..n
     for j in range(z.shape[1]):
@@ -246,11 +245,11 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
         rank[:, j] = (below + up_to + 1) / 2  # ties share their mean rank
     area = (rank.T @ a - n_1 * (n_1 + 1) / 2) / (n_1 * n_0)  # (N, A), Mann and Whitney's U
     area = np.maximum(area, 1 - area)
-    chance = np.full((1, a.shape[1]), 0.5)  # second best where N = 1
+    chance = np.full((1, a.shape[1]), 0.5)  # for N = 1
     second, best = np.sort(np.concatenate([area, chance]), axis=0)[-2:]
     b = 1 - a
-    joint = np.stack([a.T @ a, a.T @ b, b.T @ a, b.T @ b], axis=-1)  # (A, A, 4)
-    H = entropy(np.stack([n_1, n_0], axis=1))  # (A,)
+    joint = np.stack([a.T @ a, a.T @ b, b.T @ a, b.T @ b], axis=-1)
+    H = entropy(np.stack([n_1, n_0], axis=1))
     information = H[:, None] + H - entropy(joint.reshape(-1, 4)).reshape(len(H), -1)
     np.fill_diagonal(information, 0)
     counted = (best >= auc_threshold) & (information.max(1) <= max_share * H)
@@ -289,19 +288,19 @@ def swap_accuracy(
     ds: all combinations of its factors; encode: images (B, 3, H, W) -> tokens (B, N, D); decode:
     back; importance: DCI's, (N, K). In `pairs` pairs a factor the source gets the target's tokens.
     Returns the shares whose nearest image is `exact`ly the wanted one, has this factor `moved`, all
-    others `kept`; mean and worst exact; the share of right images without a swap.
+    others `kept`; mean and worst exact; reconstruction: the share right without a swap.
     """
-    sizes = np.array(ds.factor_sizes, np.int64)  # (K,)
+    sizes = np.array(ds.factor_sizes, np.int64)
     if importance is None or sizes.prod() != len(ds):
         raise InputError("swaps need DCI's importance and all combinations of the factors")
-    owner = token_owners(importance)  # (N,)
+    owner = token_owners(importance)
     rng = np.random.default_rng(seed)
     sources = rng.integers(sizes, size=(pairs, len(sizes)))  # factors, (pairs, K)
     tokens = encode(ds.images(ds.index(sources)))  # (pairs, N, D)
     scores = {}
     for k, name in enumerate(ds.factor_names):
         targets = rng.integers(sizes, size=sources.shape)
-        step = rng.integers(1, sizes[k], size=pairs)  # to any other value of k
+        step = rng.integers(1, sizes[k], size=pairs)  # to another value
         targets[:, k] = (sources[:, k] + step) % sizes[k]
         wanted = sources.copy()
         wanted[:, k] = targets[:, k]
@@ -309,7 +308,7 @@ def swap_accuracy(
         swapped = tokens.clone()
         swapped[:, group] = encode(ds.images(ds.index(targets)))[:, group]
         right = nearest_factors(ds, decode(swapped), wanted) == wanted  # (pairs, K)
-        others = np.delete(right, k, axis=1)  # (pairs, K - 1)
+        others = np.delete(right, k, axis=1)
         scores[name] = {
             "exact": float(right.all(1).mean()),
             "moved": float(right[:, k].mean()),
@@ -323,7 +322,7 @@ def swap_accuracy(
     return scores
 
 
-# ---- skip on first reading: gradient-boosted trees ----
+# ---- skip on first reading: gradient-boosted trees -----------------------------------------------
 
 def bin_codes(z, n, V):
     """Cuts each code of z (n + n_test, N) into at most V bins, made for the first n points.
@@ -333,18 +332,18 @@ def bin_codes(z, n, V):
     """
     columns = []
     for code in torch.as_tensor(z).t():
-        values, count = code[:n].unique(return_counts=True)  # ascending
-        edges = (values[:-1] + values[1:]) / 2  # midway, as scikit-learn's trees
-        if len(values) > V:  # half in the widest gaps, half after equally many points
+        values, count = code[:n].unique(return_counts=True)
+        edges = (values[:-1] + values[1:]) / 2  # midway, as scikit-learn
+        if len(values) > V:  # half in the widest gaps, half after equal counts
             widest = values.diff().topk(V // 2).indices
             share = torch.arange(1, V // 2) * n // (V // 2)
             even = torch.searchsorted(count.cumsum(0), share).clamp(max=len(edges) - 1)
             edges = edges[torch.cat([widest, even]).unique()]
         columns.append(torch.bucketize(code.contiguous(), edges))  # edge v-1 < bin v <= edge v
-    bins = torch.stack(columns, dim=1)  # (n + n_test, N)
+    bins = torch.stack(columns, dim=1)
     N = bins.shape[1]
     bag = (bins[:n] + V * torch.arange(N)).t().flatten()  # (N * n,), 0..N*V-1
-    count = torch.bincount(bag, minlength=V * N)  # (N * V,)
+    count = torch.bincount(bag, minlength=V * N)
     return bins, (V, bag.argsort(stable=True) % n, count.cumsum(0) - count)
 
 
@@ -360,13 +359,13 @@ def best_splits(bags, residual, node, M, generator):
     table = torch.stack([residual[:, None, :] * inside, inside], dim=1)  # (n, 2, M, C)
     sums = F.embedding_bag(points, table.view(n, -1), starts, mode="sum")  # (N*V, 2*M*C)
     left = sums.view(-1, V, 2, M, C).cumsum(1)  # (N, V, 2, M, C)
-    total = left[0, -1]  # (2, M, C), whichever the code
+    total = left[0, -1]  # (2, M, C), of any code
     sum_left, n_left = left.unbind(2)  # (N, V, M, C) each
     sum_right, n_right = (total - left).unbind(2)
     decrease = sum_left**2 / n_left + sum_right**2 / n_right - total[0] ** 2 / total[1]
-    decrease = decrease.nan_to_num(0, 0, 0).clamp(min=0)  # nan, inf: one side is empty
+    decrease = decrease.nan_to_num(0, 0, 0).clamp(min=0)  # one side is empty
     gain, place = decrease.max(1)  # (N, M, C): each code's best
-    best = gain.max(0).values  # (M, C)
+    best = gain.max(0).values
     tie_break = 1 + torch.rand(gain.shape, generator=generator)  # at random, as scikit-learn
     code = ((gain == best) * tie_break).argmax(0)  # (M, C)
     place = place.gather(0, code[None])[0]
@@ -381,24 +380,24 @@ def boost(bags, bins, y, C):
     rounds, max_depth, learning_rate = 100, 3, 0.1
     n = len(y)
     generator = torch.Generator().manual_seed(0)
-    target = F.one_hot(y, C).float()  # (n, C)
+    target = F.one_hot(y, C).float()
     start = target.mean(0).clamp(min=1e-12).log()  # (C,): log prior
     shrink = (C - 1) / C
-    if C == 2:  # one tree: log odds of class 1
+    if C == 2:  # log odds of class 1
         start, target, shrink = start[1:] - start[:1], target[:, 1:], 1.0
     scores = start.repeat(len(bins), 1)  # (n + n_test, C)
-    importance = torch.zeros(bins.shape[1])  # (N,)
+    importance = torch.zeros(bins.shape[1])
     for _ in range(rounds):
         p = scores[:n].softmax(1) if C > 2 else scores[:n].sigmoid()
         residual = target - p  # minus the gradient of the loss
-        node = torch.zeros_like(scores, dtype=torch.int64)  # (n + n_test, C)
+        node = torch.zeros_like(scores, dtype=torch.int64)
         for depth in range(max_depth):
             M = 2**depth
             decrease, code, place = best_splits(bags, residual, node[:n], M, generator)
             importance.index_add_(0, code.flatten(), decrease.flatten() / n)
-            value = bins.gather(1, code.gather(0, node))  # of the code that the node asks
+            value = bins.gather(1, code.gather(0, node))  # of the node's code
             node = 2 * node + (value > place.gather(0, node))  # left 2m, right 2m + 1
-        zeros = torch.zeros(2**max_depth, residual.shape[1])  # (leaves, C)
+        zeros = torch.zeros(2**max_depth, residual.shape[1])
         numerator = zeros.scatter_add(0, node[:n], residual)
         denominator = zeros.scatter_add(0, node[:n], p * (1 - p))
         newton = torch.where(denominator > 1e-12, shrink * numerator / denominator, 0)
@@ -406,7 +405,7 @@ def boost(bags, bins, y, C):
     return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
 
 
-# ---- loading a run ----
+# ---- loading a run -------------------------------------------------------------------------------
 
 def kept_scores(folder, data, out):
     """A run's scores.json, {} unless of its present step and data; builds no network, no world."""
@@ -443,7 +442,7 @@ class Run:
         self.out = Path(out or folder)
         self.out.mkdir(parents=True, exist_ok=True)
         if not os.access(self.out, os.W_OK):
-            raise InputError(f"cannot write into {self.out}: name another folder by --out")
+            raise InputError(f"cannot write into {self.out}: add --out FOLDER")
         self.device = train.choose_device(device or cfg.device)
         self.vae = train.build_vae(cfg)
         self.encoder = train.build_encoder(cfg)
@@ -454,13 +453,11 @@ class Run:
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)
-        self.importance = None  # DCI's, (N, K), of a run with scores
-        scores = kept_scores(folder, data, out).get("scores", {})
-        if "importance" in scores:
-            self.importance = np.array(scores["importance"])
+        importance = kept_scores(folder, data, out).get("scores", {}).get("importance")
+        self.importance = importance and np.array(importance)  # DCI's, (N, K), or None
 
     def rows(self, n: int, seed: int = 0) -> Array:
-        """Numbers of n different images, or of all if there are fewer, in the order drawn."""
+        """Numbers of n different images, at random, or of all of fewer."""
         rng = np.random.default_rng(seed)
         return rng.choice(len(self.ds), min(n, len(self.ds)), replace=False)
 
@@ -473,7 +470,7 @@ class Run:
         return self.encoder(images.to(self.device))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, 64, 64) in [-1, 1] that tokens (B, N, D) alone describe.
+        """Images (B, 3, 64, 64) in [-1, 1] that tokens (B, N, D) describe.
 
         DEVIATION: DDIM of 50 steps, eta 0, from one noise for all (the authors': 200, 1), so that
         images differ only where their tokens do.
@@ -509,7 +506,7 @@ def principal_components(tokens):
     return torch.stack(components, dim=1)
 
 
-# ---- figures: each returns a sheet ----
+# ---- figures: each returns a sheet ---------------------------------------------------------------
 
 FONT = ImageFont.load_default(14)
 
@@ -533,19 +530,20 @@ def used_tokens(run):
     if run.importance is None:
         return {f"token {n}": n for n in range(run.cfg.tokens)}
     used = {}
-    for k, name in enumerate(run.ds.factor_names):
-        for n in np.flatnonzero(token_owners(run.importance) == k).tolist():
-            if run.importance[n, k] >= 0.02:
-                used[f"token {n}: {name} {run.importance[n, k]:.2f}"] = n
+    owner = token_owners(run.importance)
+    for n in owner.argsort(kind="stable").tolist():
+        weight = run.importance[n, owner[n]]
+        if weight >= 0.02:
+            used[f"token {n}: {run.ds.factor_names[owner[n]]} {weight:.2f}"] = n
     return used
 
 
 def reconstruction(run):
     """Images, by the autoencoder alone, and from their tokens."""
     images = run.images(10, seed=1)
-    decoded = run.decode(run.encode(images))
     autoencoder = run.vae.decode(run.vae.encode(images))
-    return grid({"image": images, "autoencoder only": autoencoder, "from tokens": decoded})
+    decoded = run.decode(run.encode(images))
+    return grid({"image": images, "autoencoder": autoencoder, "from tokens": decoded})
 
 
 def swap_sheet(run, groups):
@@ -563,28 +561,23 @@ def swap_sheet(run, groups):
 def swap(run):
     """One row a factor: all the tokens that follow it."""
     owner = token_owners(run.importance)
-    groups = {}
-    for k, name in enumerate(run.ds.factor_names):
-        groups[name] = np.flatnonzero(owner == k).tolist()
-    return swap_sheet(run, groups)
+    names = enumerate(run.ds.factor_names)
+    return swap_sheet(run, {name: np.flatnonzero(owner == k).tolist() for k, name in names})
 
 
 def swap_tokens(run):
-    """The paper's grid: reconstructions, then one row a used token."""
-    groups = {"reconstructed": []}
-    for label, n in used_tokens(run).items():
-        groups[label] = [n]
-    return swap_sheet(run, groups)
+    """The paper's grid: one row a used token."""
+    return swap_sheet(run, {label: [n] for label, n in used_tokens(run).items()})
 
 
 def traversal(run):
-    """One row a used token: its scalar goes from the data's 1st to 99th percentile."""
-    z = run.codes(run.rows(10000))  # (n, N)
-    scalars = run.encoder.scalars(run.images(1, seed=3)).repeat(9, 1)  # (9, N)
+    """One row a used token: its scalar from the 1st to the 99th percentile of 1,000 images."""
+    scalars = run.encoder.scalars(run.images(1000, seed=3))  # (1000, N)
+    values = scalars.quantile(torch.linspace(0.01, 0.99, 9, device=run.device), dim=0)  # (9, N)
     rows = {}
     for label, n in used_tokens(run).items():
-        edited = scalars.clone()
-        edited[:, n] = torch.from_numpy(np.quantile(z[:, n], np.linspace(0.01, 0.99, 9)))
+        edited = scalars[:1].repeat(9, 1)
+        edited[:, n] = values[:, n]
         rows[label] = run.decode(run.encoder.tokens_of(edited))
     return grid(rows)
 
@@ -592,7 +585,7 @@ def traversal(run):
 def attention(run):
     """One row a used token: bright where cross attention reads it, mean over heads and blocks.
 
-    The U-Net gets latents noised to t = 500; sampling is not shown.
+    The U-Net gets latents noised to t = 500; this is not sampling.
     """
     images = run.images(10, seed=4)
     x_0 = run.vae.encode(images)
@@ -613,9 +606,9 @@ def attention(run):
 
 
 def bottleneck(run):
-    """KL(q(x_t | x_0) || N(0, I)) along t = 0..999 as a share of its value at 0: the bottleneck.
+    """The bottleneck, KL(q(x_t | x_0) || N(0, I)), at t = 0..999 as a share of its value at 0.
 
-    Left for latents of mean square 1, as ours; right for 67.6, which fits the paper's figure.
+    Left for latents of mean square 1, as ours; right for 67.6, as fits the paper's figure.
     """
     rows = {}
     height = torch.linspace(1, 0, 64)[:, None]
@@ -651,7 +644,7 @@ def when(run):
     return grid(rows)
 
 
-FIGURES = {  # and what a run's configuration must have
+FIGURES = {  # and the configuration each needs
     "reconstruction": (reconstruction, {}),
     "swap": (swap, {}),
     "swap_tokens": (swap_tokens, {}),
@@ -673,28 +666,28 @@ def draw(run, names):
             raise InputError(f"{name} needs a run with {needs or 'DCI scores: score it first'}")
 
 
-# ---- the command ----
+# ---- the command ---------------------------------------------------------------------------------
 
 METRICS = dict(
     dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score, tad=tad
 )
 OF_FACTORS = ["dci", "factor_vae", "mig", "beta_vae"]
+PLACES = {"data", "cache", "out", "vae"}
 
 
 def psnr(run, count=256):
-    """Of images from their tokens, and by the autoencoder alone, in dB: of the mean squared error
-    over all of them, pixels in [0, 1]."""
+    """In dB, over all numbers of the images: from their tokens, and by the autoencoder alone."""
     images = run.images(count, seed=1)
     autoencoder = run.vae.decode(run.vae.encode(images)).clamp(-1, 1)
     scores = {}
     for key, x in (("psnr_autoencoder", autoencoder), ("psnr", run.decode(run.encode(images)))):
-        mse = F.mse_loss(x, images).item() / 4  # of [-1, 1], twice as wide
+        mse = F.mse_loss(x, images).item() / 4  # of [-1, 1], so twice as wide
         scores[key] = -10 * math.log10(max(mse, 1e-10))
     return scores
 
 
 def score(result, name, metric):
-    """Adds the scores of metric(), its constants (protocol) and seconds; a refusal is printed."""
+    """Adds the scores of metric(), its constants (protocol) and seconds, or prints its refusal."""
     start = time.monotonic()
     try:
         scores = metric()
@@ -724,10 +717,8 @@ def score_file(path, names):
 
 
 def score_run(run, metrics, pairs):
-    """Scores a run, draws two figures, writes codes.npz (z, y) and scores.json; returns the latter.
-
-    With `metrics` only these, and nothing is drawn or written.
-    """
+    """Scores a run; draws two figures, writes codes.npz (z, y) and scores.json unless `metrics` are
+    named. Returns what scores.json holds."""
     index = np.sort(run.rows(run.cfg.score_images or len(run.ds)))
     z, y, names = run.codes(index), np.empty((len(index), 0)), []
     if run.ds.factor_names:
@@ -743,11 +734,9 @@ def score_run(run, metrics, pairs):
     if "swap" in (metrics or names):
         swaps = partial(swap_accuracy, run.ds, run.encode, run.decode, run.importance)
         score(result, "swap", partial(swaps, pairs=pairs))
-    result["step"] = run.step
-    result["data"] = dict(name=run.ds.name, factors=run.ds.factor_names, source=run.ds.source)
-    result["machine"] = train.machine(run.device)
-    result["run"] = run.info
-    for place in ("data", "cache", "out", "vae"):
+    data = dict(name=run.ds.name, factors=run.ds.factor_names, source=run.ds.source)
+    result.update(step=run.step, data=data, machine=train.machine(run.device), run=run.info)
+    for place in PLACES:
         run.info["config"].pop(place, None)
     if not metrics:
         score(result, "psnr", partial(psnr, run))
@@ -765,26 +754,29 @@ def name_setting(result):
         cfg = vars(train.config_of(result["run"]))
         cfg["steps"] = result["step"]  # those taken
         usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
-        for key in sorted(cfg.keys() - {"seed", "device", "score_images"}):
+        for key in sorted(cfg.keys() - PLACES - {"seed", "device", "score_images"}):
             if cfg[key] != usual[key]:
                 name += f", {key} {cfg[key]}"
     return name
 
 
 def table(results):
-    """Prints a line a setting: n runs, then means +- deviations over those that have a score."""
+    """Prints a line a setting: its runs, then means +- deviations over those with a score."""
     settings = {}
     for result in results:
-        settings.setdefault(name_setting(result), []).append(result["scores"])
+        scores = dict(result["scores"])
+        if "swap" in scores:
+            scores["worst_swap"] = scores["swap"]["worst"]
+            scores["swap"] = scores["swap"]["mean"]
+        settings.setdefault(name_setting(result), []).append(scores)
     width = max(map(len, settings))
-    columns = ("factor_vae", "disentanglement", "completeness", "mig", "swap", "tad", "psnr")
-    print(f"{'':{width}} runs", *(f"{key:>15}" for key in columns))
+    columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
+               "beta_vae", "swap", "worst_swap", "tad", "psnr")
+    print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
     for name, runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"
         for key in columns:
             values = [scores[key] for scores in runs if key in scores]
-            if key == "swap":
-                values = [swaps["mean"] for swaps in values]
             cell = f"{np.mean(values):.3f}" if values else ""
             if len(values) > 1:
                 cell += f" +- {np.std(values, ddof=1):.3f}"
@@ -793,7 +785,7 @@ def table(results):
 
 
 def main(argv: list | None = None) -> list:
-    """Scores runs or codes and prints a table, or draws figures. Returns the results."""
+    """Scores runs or codes, or draws figures; returns the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
