@@ -29,7 +29,7 @@ from tqdm import tqdm
 SIDE = 64  # height and width of all images, in pixels
 
 
-# ---- 1. The interface ----------------------------------------------------------------------------
+# ---- 1. The interface ----
 
 class InputError(ValueError):
     """A user's mistake, in one sentence."""
@@ -57,7 +57,7 @@ class Dataset:
     factor_names, factor_sizes: tuples of length K, empty without factors. With factors, the images
     are all their combinations in order, the last factor varying fastest.
     attribute_names: tuple of length A. attributes: int64 (len, A) of 0 and 1, or None.
-    source: what identifies the images; results are kept under it.
+    source: what identifies the images; kept results are compared with it.
 
     An index and factors may be lists, arrays or tensors; a wrong one is a ValueError.
     """
@@ -124,11 +124,11 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
         advice = "it is damaged or cut short, fetch it again"
         if getattr(error, "errno", None):  # locked by a writer, no permission, ...
             advice = "the system refuses it"
-        raise InputError(f"cannot read {path}: {advice} ({error})") from error
+        raise InputError(f"cannot read {path} or unpack it: {advice} ({error})") from error
     raise InputError(f"{path} is neither HDF5 nor .npz nor a folder of images")
 
 
-# ---- 2. What people download ---------------------------------------------------------------------
+# ---- 2. What people download ----
 
 class CachedDataset(Dataset):
     """Images of a file or folder, unpacked once into an .npy file that is mapped into memory.
@@ -248,9 +248,9 @@ def find_factors(path, n, labels):
     if whole and sizes:
         whole = np.array_equal(np.ravel_multi_index(columns, sizes), np.arange(n))
     if not whole:
-        raise InputError(f"{path} has {n} images and labels of {sizes} values: give `labels` (n, K)"
-                         " that are all combinations in order, the last varying fastest; or none,"
-                         " with as many images as a data set in the README")
+        raise InputError(f"{path} has {n} images and labels of {sizes} values: `labels` (n, K) must"
+                         " list all combinations in order, the last varying fastest; images without"
+                         " factors go into a folder as PNG or JPEG")
     return found
 
 
@@ -269,10 +269,10 @@ def open_celeba(path, cache, files, attribute_list):
 
     As by the authors of TAD, images are resized to 96 and the centre is cropped.
     """
-    _, names, *lines = attribute_list.read_text("utf-8").rstrip().splitlines()
+    _, names, *lines = [*attribute_list.read_text("utf-8").split("\n"), ""]
     names = tuple(names.split())
     attributes = {}
-    for line in lines:
+    for line in filter(str.strip, lines):
         file, *values = line.split()
         if len(values) != len(names) or not set(values) <= {"1", "-1"}:
             raise InputError(f"{attribute_list} needs {len(names)} values of 1 or -1 in each line: "
@@ -347,7 +347,7 @@ def load_image(file: str, side: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))  # (H, W, 3)
 
 
-# ---- 3. The built-in world -----------------------------------------------------------------------
+# ---- 3. The built-in world ----
 # A room with sky, three walls, a floor, and an object with its shadow, by ray casting. Fitted to 13
 # images of DeepMind's 3D Shapes by least squares; lengths came out within 0.4 % of these numbers.
 # x points right, y away from the camera at orientation 0, z up; the object stands at (0, 0, 0).
@@ -460,7 +460,7 @@ def light(point, normal, view):
 def cast_room(o, view, d):
     """The empty room: weights (5, R) of the colours of floor, wall, object, sky and white.
 
-    Also where rays meet the floor (3, R), and what the lamp adds (R,), 0 but on the floor.
+    Also where rays meet the last plane, the floor (3, R), and what the lamp adds there (R,).
     """
     weights = np.zeros((5, d.shape[1]))
     weights[3] = 1  # sky

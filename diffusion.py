@@ -38,9 +38,9 @@ def beta_schedule(name: str, steps: int = 1000) -> Tensor:
     if name == "sqrt":
         return torch.linspace(first, last, steps, dtype=torch.float64) ** 0.5
     if name == "cosine":
-        s = 0.008                                               # keeps beta_0 away from zero
+        s = 0.008                                       # keeps beta_0 away from zero
         u = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2     # abar_t = f(t) / f(0)
+        f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2  # abar_t = f(t) / f(0)
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)
     raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
 
@@ -54,25 +54,25 @@ class Diffusion(nn.Module):
 
     def __init__(self, name: str = "linear", steps: int = 1000):
         super().__init__()
-        self.steps = steps                                      # T
+        self.steps = steps                              # T
         beta = beta_schedule(name, steps)
         alpha = 1 - beta
         abar = alpha.cumprod(0)
         abar_prev = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
         tables = {
             # q(x_t | x_0), DDPM equation 4
-            "abar": abar,                                               # \bar\alpha_t
-            "sqrt_abar": abar.sqrt(),                                   # \sqrt{\bar\alpha_t}
-            "sqrt_1m_abar": (1 - abar).sqrt(),                          # \sqrt{1 - \bar\alpha_t}
+            "abar": abar,                               # \bar\alpha_t
+            "sqrt_abar": abar.sqrt(),                   # \sqrt{\bar\alpha_t}
+            "sqrt_1m_abar": (1 - abar).sqrt(),          # \sqrt{1 - \bar\alpha_t}
             # q(x_{t-1} | x_t, x_0), DDPM equation 7
-            "mean_x0": abar_prev.sqrt() * beta / (1 - abar),            # x_0's share of \tilde\mu_t
-            "mean_xt": alpha.sqrt() * (1 - abar_prev) / (1 - abar),     # x_t's share of \tilde\mu_t
-            "variance": beta * (1 - abar_prev) / (1 - abar),            # \tilde\beta_t
+            "mean_x0": abar_prev.sqrt() * beta / (1 - abar),  # x_0's share of \tilde\mu_t
+            "mean_xt": alpha.sqrt() * (1 - abar_prev) / (1 - abar),  # x_t's share of \tilde\mu_t
+            "variance": beta * (1 - abar_prev) / (1 - abar),  # \tilde\beta_t
         }
         for symbol, table in tables.items():
             self.register_buffer(symbol, table.float(), persistent=False)
 
-    # ---- forward process -----------------------------------------------------------------------
+    # ---- forward process ----
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """A draw of q(x_t | x_0) with the given noise (DDPM equation 4).
@@ -109,7 +109,7 @@ class Diffusion(nn.Module):
         """
         return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
 
-    # ---- samplers: x_T -> x_0, both are loops over one step ------------------------------------
+    # ---- samplers: x_T -> x_0, both are loops over one step ----
 
     def ddpm_step(self, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
         r"""x_{t-1} from x_t (DDPM algorithm 2, sigma_t^2 = \tilde\beta_t): the posterior's draw.
@@ -118,7 +118,7 @@ class Diffusion(nn.Module):
         """
         x_0 = self.predict_x0(x_t, t, eps)
         mean, variance = self.posterior(x_0, x_t, t)
-        x_prev = mean + variance.sqrt() * noise                 # the variance is 0 at t = 0
+        x_prev = mean + variance.sqrt() * noise         # the variance is 0 at t = 0
         return x_prev.to(x_t.dtype)
 
     def ddim_step(
@@ -129,7 +129,7 @@ class Diffusion(nn.Module):
         x_t, eps (predicted), noise: (B, C, H, W); t, t_next: (B,) int64, t_next < t, -1 is clean.
         eta: 0 adds no noise, 1 has DDPM's variance. DDIM's paper writes alpha_t for our abar_t.
         """
-        abar = extract(self.abar, t, x_t)                       # (B, 1, 1, 1)
+        abar = extract(self.abar, t, x_t)               # (B, 1, 1, 1)
         abar_next = extract(self.abar, t_next.clamp(min=0), x_t)
         abar_next = torch.where(t_next.view_as(abar) < 0, 1.0, abar_next)
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
@@ -139,15 +139,13 @@ class Diffusion(nn.Module):
         return x_next.to(x_t.dtype)
 
     @torch.no_grad()
-    def ddpm_sample(
-        self, denoise: Callable, x_T: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def ddpm_sample(self, denoise: Callable, x_T: Tensor) -> Tensor:
         """All T steps of DDPM's algorithm 2. x_T: (B, C, H, W) standard normal. Returns x_0."""
         self.check_noise()
         x_t = x_T
         for step in reversed(range(self.steps)):
-            t = torch.full((len(x_t),), step, device=x_t.device)            # (B,)
-            noise = normal_like(x_t, generator)
+            t = torch.full((len(x_t),), step, device=x_t.device)  # (B,)
+            noise = torch.randn_like(x_t)
             x_t = self.ddpm_step(x_t, t, denoise(x_t, t), noise)
         return x_t
 
@@ -158,7 +156,6 @@ class Diffusion(nn.Module):
         x_T: Tensor,                    # (B, C, H, W), standard normal
         steps: int = 50,                # 10..T
         eta: float = 0.0,               # 0 (deterministic) .. 1 (over all T: the same as DDPM)
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """DDIM over `steps` evenly spaced noise levels t = 0, T / steps, .. Returns x_0, like x_T.
 
@@ -172,9 +169,9 @@ class Diffusion(nn.Module):
         levels = [i * self.steps // steps for i in range(steps)]
         x_t = x_T
         for i in reversed(range(steps)):
-            t = torch.full((len(x_t),), levels[i], device=x_t.device)       # (B,)
-            t_next = torch.full_like(t, levels[i - 1] if i > 0 else -1)     # (B,)
-            noise = normal_like(x_t, generator)
+            t = torch.full((len(x_t),), levels[i], device=x_t.device)  # (B,)
+            t_next = torch.full_like(t, levels[i - 1] if i > 0 else -1)  # (B,)
+            noise = torch.randn_like(x_t)
             x_t = self.ddim_step(x_t, t, t_next, denoise(x_t, t), noise, eta)
         return x_t
 
@@ -190,8 +187,3 @@ class Diffusion(nn.Module):
 def extract(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """The table's entries at t: (T,) and (B,) -> (B, 1, 1, 1), to multiply `like` (B, C, H, W)."""
     return table[t].view(-1, *[1] * (like.dim() - 1))
-
-
-def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise of x's shape; a generator must live on x's device."""
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

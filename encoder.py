@@ -22,7 +22,7 @@ from torch import Tensor
 ENCODERS = ("scalar", "vector", "slot")
 
 
-# ---- trunk ---------------------------------------------------------------------------------------
+# ---- trunk ----
 
 class ResBlock(nn.Module):
     """ReLU, 3x3 convolution, batch norm, ReLU, 1x1 convolution, and a residual."""
@@ -61,7 +61,7 @@ def build_trunk(width: int, strides: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-# ---- heads: feature map -> tokens ----------------------------------------------------------------
+# ---- heads: feature map -> tokens ----
 
 class ScalarTokens(nn.Module):
     """N scalars, then for each its own MLP 1 -> 64 -> 128 -> D with ELU: the paper's default."""
@@ -76,29 +76,29 @@ class ScalarTokens(nn.Module):
     @staticmethod
     def layer(n_tokens: int, inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
         """N linear layers side by side: weight (N, inputs, outputs) and bias (N, 1, outputs)."""
-        bound = 1 / math.sqrt(inputs)                                   # as in nn.Linear
+        bound = 1 / math.sqrt(inputs)                   # as in nn.Linear
         weight = torch.empty(n_tokens, inputs, outputs).uniform_(-bound, bound)
         bias = torch.empty(n_tokens, 1, outputs).uniform_(-bound, bound)
         return nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (B, C, H, W). Returns tokens (B, N, D)."""
-        return self.tokens_of(self.scalars(h))                          # (B, N, D)
+        return self.tokens_of(self.scalars(h))          # (B, N, D)
 
     def scalars(self, h: Tensor) -> Tensor:
         """h: (B, C, H, W). Returns the N numbers (B, N)."""
-        return self.to_scalars(h.flatten(1))                            # (B, N)
+        return self.to_scalars(h.flatten(1))            # (B, N)
 
     def tokens_of(self, scalars: Tensor) -> Tensor:
         """scalars: (B, N), any real numbers. Returns tokens (B, N, D).
 
         The same, slowly: torch.stack([mlp_n(scalars[:, n:n+1]) for n in range(N)], dim=1)
         """
-        x = scalars.t()[:, :, None]                                     # (N, B, 1)
-        x = F.elu(torch.baddbmm(self.bias_1, x, self.weight_1))         # (N, B, 64)
-        x = F.elu(torch.baddbmm(self.bias_2, x, self.weight_2))         # (N, B, 128)
-        x = torch.baddbmm(self.bias_3, x, self.weight_3)                # (N, B, D)
-        return x.transpose(0, 1)                                        # (B, N, D)
+        x = scalars.t()[:, :, None]                     # (N, B, 1)
+        x = F.elu(torch.baddbmm(self.bias_1, x, self.weight_1))  # (N, B, 64)
+        x = F.elu(torch.baddbmm(self.bias_2, x, self.weight_2))  # (N, B, 128)
+        x = torch.baddbmm(self.bias_3, x, self.weight_3)  # (N, B, D)
+        return x.transpose(0, 1)                        # (B, N, D)
 
 
 class VectorTokens(nn.Module):
@@ -111,8 +111,8 @@ class VectorTokens(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (B, C, H, W). Returns tokens (B, N, D)."""
-        vectors = self.to_vectors(h.flatten(1))                         # (B, N*D)
-        return vectors.unflatten(1, (self.n_tokens, -1))                # (B, N, D)
+        vectors = self.to_vectors(h.flatten(1))         # (B, N*D)
+        return vectors.unflatten(1, (self.n_tokens, -1))  # (B, N, D)
 
 
 class SlotTokens(nn.Module):
@@ -124,8 +124,8 @@ class SlotTokens(nn.Module):
 
     def __init__(self, width: int, positions: int, n_tokens: int, token_dim: int):
         super().__init__()
-        self.position = nn.Parameter(torch.randn(positions, width) * 0.02)      # (L, C)
-        self.slots_init = nn.Parameter(torch.randn(n_tokens, width))            # (N, C)
+        self.position = nn.Parameter(torch.randn(positions, width) * 0.02)  # (L, C)
+        self.slots_init = nn.Parameter(torch.randn(n_tokens, width))  # (N, C)
         self.norm_inputs = nn.LayerNorm(width)
         self.norm_slots = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, width, bias=False)
@@ -140,22 +140,22 @@ class SlotTokens(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (B, C, H, W). Returns tokens (B, N, D)."""
-        inputs = h.flatten(2).transpose(1, 2) + self.position           # (B, L, C)
+        inputs = h.flatten(2).transpose(1, 2) + self.position  # (B, L, C)
         inputs = self.norm_inputs(inputs)
-        k = self.to_k(inputs) / math.sqrt(inputs.shape[-1])             # (B, L, C)
-        v = self.to_v(inputs)                                           # (B, L, C)
-        slots = self.slots_init.expand(len(h), -1, -1)                  # (B, N, C)
+        k = self.to_k(inputs) / math.sqrt(inputs.shape[-1])  # (B, L, C)
+        v = self.to_v(inputs)                           # (B, L, C)
+        slots = self.slots_init.expand(len(h), -1, -1)  # (B, N, C)
         for _ in range(3):
-            q = self.to_q(self.norm_slots(slots))                       # (B, N, C)
-            attn = (k @ q.transpose(1, 2)).softmax(dim=-1) + 1e-8       # (B, L, N), over the slots
-            weights = attn / attn.sum(dim=1, keepdim=True)              # sum to 1 over positions
-            updates = weights.transpose(1, 2) @ v                       # (B, N, C)
+            q = self.to_q(self.norm_slots(slots))       # (B, N, C)
+            attn = (k @ q.transpose(1, 2)).softmax(dim=-1) + 1e-8  # (B, L, N), over the slots
+            weights = attn / attn.sum(dim=1, keepdim=True)  # sum to 1 over positions
+            updates = weights.transpose(1, 2) @ v       # (B, N, C)
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(updates)
-            slots = slots + self.mlp(self.norm_mlp(slots))              # (B, N, C)
-        return self.to_tokens(slots)                                    # (B, N, D)
+            slots = slots + self.mlp(self.norm_mlp(slots))  # (B, N, C)
+        return self.to_tokens(slots)                    # (B, N, D)
 
 
-# ---- encoder -------------------------------------------------------------------------------------
+# ---- encoder ----
 
 class ConceptEncoder(nn.Module):
     """images (B, 3, H, W) in [-1, 1] -> concept tokens (B, N, D). Defaults: the authors' code."""
@@ -184,12 +184,12 @@ class ConceptEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) in [-1, 1]. Returns tokens (B, N, D)."""
-        return self.head(self.trunk(images))                            # (B, N, D)
+        return self.head(self.trunk(images))            # (B, N, D)
 
     def scalars(self, images: Tensor) -> Tensor:
         """The numbers behind scalar tokens, (B, N); other kinds have none. images as in forward."""
-        return self.head.scalars(self.trunk(images))                    # (B, N)
+        return self.head.scalars(self.trunk(images))    # (B, N)
 
     def tokens_of(self, scalars: Tensor) -> Tensor:
         """The tokens (B, N, D) of given, also edited, scalars (B, N)."""
-        return self.head.tokens_of(scalars)                             # (B, N, D)
+        return self.head.tokens_of(scalars)             # (B, N, D)

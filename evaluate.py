@@ -37,7 +37,7 @@ from diffusion import SCHEDULES, Diffusion
 Array = np.ndarray
 
 
-# ---- metrics on arrays ---------------------------------------------------------------------------
+# ---- metrics on arrays ----
 # z: codes (n, N); y: factors (n, K), of any values that are classes.
 
 def check_codes(z, y):
@@ -69,16 +69,17 @@ def purity(R):
     weight = np.full(len(R), 1 / len(R))  # if all of R is 0
     if R.any():
         weight = R.sum(1) / R.sum()
-    row_entropy = entropy(R + 1e-11, base=R.shape[1])  # their constant
+    row_entropy = entropy(R + 1e-11, base=R.shape[1])  # 1e-11: the authors' constant
     return float((weight * (1 - row_entropy)).sum())
 
 
 def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, max_bins: int = 0) -> dict:
     """Disentanglement, completeness and informativeness (Eastwood and Williams 2018), [0, 1].
 
-    Gradient-boosted trees predict each factor from all codes. max_bins: of a code [0: every value
-    its own for up to 2,000 training points and 64 codes, else 256]. Also returns accuracy (K,) and
-    importance (N, K), a code's share of the decrease of squared error.
+    Gradient-boosted trees predict each factor from all codes. max_bins: how many bins a code is cut
+    into at most; 0: every value its own for up to 2,000 training points and 64 codes, else 256.
+    Also returns accuracy (K,) and importance (N, K), a code's share of the decrease of squared
+    error.
     """
     n = len(z_train)
     z, y = check_codes(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
@@ -116,12 +117,12 @@ def dci_scores(z, y, seed=0, points=(10000, 5000)):
 
 
 def draw_partners(y, first, rng):
-    """A factor (points,) for each row of `first` (points, batch); like first, points of its value.
+    """Draws a factor for each row of `first`, and for each point in it another with its value.
 
-    y: class numbers (n, K).
+    y: class numbers (n, K); first: points, (rows, batch). Returns (rows,) and (rows, batch).
     """
     factor = rng.integers(y.shape[1], size=len(first))
-    second = np.empty_like(first)  # (points, batch)
+    second = np.empty_like(first)
     for k in range(y.shape[1]):
         order = np.argsort(y[:, k], kind="stable")  # class 0, then 1, ..
         count = np.bincount(y[:, k])
@@ -138,14 +139,13 @@ def factor_vae_score(
 ) -> float:
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
-    A vote: of `batch` points that share a factor's value, the code that varies least, relative to
-    its deviation over `points` points; under min_std it is pruned. votes: to learn a code's factor
-    from, and to predict.
+    `batch` points that share a factor's value vote for the code that varies least among them,
+    relative to its standard deviation over `points` points; codes with one under min_std are
+    pruned. votes: how many to learn each code's factor from, and how many to predict.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
-    rows = rng.choice(len(z), min(points, len(z)), replace=False)
-    std = z[rows].std(0)
+    std = z[rng.choice(len(z), min(points, len(z)), replace=False)].std(0)
     kept = std >= min_std
     if not kept.all():
         print(f"{(~kept).sum()} of {len(kept)} codes have a deviation under {min_std}: pruned")
@@ -264,7 +264,8 @@ def token_owners(importance):
 def nearest_factors(ds, images, wanted):
     """Factors (B, K) of the images of ds nearest to images (B, 3, H, W) in squared error.
 
-    Of the one with the factors wanted (B, K), which wins ties, and those that differ in one.
+    Candidates: the image with the factors wanted (B, K), which comes first and so wins ties, and
+    all that differ from it in one factor.
     """
     nearest = []
     for image, factors in zip(images.cpu(), wanted):
@@ -322,7 +323,7 @@ def swap_accuracy(
     return scores
 
 
-# ---- skip on first reading: gradient-boosted trees -----------------------------------------------
+# ---- skip on first reading: gradient-boosted trees ----
 
 def bin_codes(z, n, V):
     """Cuts each code of z (n + n_test, N) into at most V bins, made for the first n points.
@@ -405,7 +406,7 @@ def boost(bags, bins, y, C):
     return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
 
 
-# ---- loading a run -------------------------------------------------------------------------------
+# ---- loading a run ----
 
 def kept_scores(folder, data, out):
     """A run's scores.json, {} unless of its present step and data; builds no network, no world."""
@@ -450,6 +451,8 @@ class Run:
         train.load_checkpoint(Path(folder) / "vae.pt", vae=self.vae)
         parts = dict(encoder=self.encoder, ema=self.unet)
         self.step = train.load_checkpoint(Path(folder) / "model.pt", **parts)["step"]
+        if self.step < cfg.steps:
+            print(f"{folder} has taken {self.step} of {cfg.steps} steps: train.py --resume goes on")
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)
@@ -506,7 +509,7 @@ def principal_components(tokens):
     return torch.stack(components, dim=1)
 
 
-# ---- figures: each returns a sheet ---------------------------------------------------------------
+# ---- figures: each returns a sheet ----
 
 FONT = ImageFont.load_default(14)
 
@@ -662,11 +665,12 @@ def draw(run, names):
         can = needs.items() <= vars(run.cfg).items()
         if can and (run.importance is not None or name != "swap"):
             figure(run).save(run.out / f"{name}.png")
+            print(f"drew {run.out / name}.png", file=sys.stderr)
         elif names:
-            raise InputError(f"{name} needs a run with {needs or 'DCI scores: score it first'}")
+            raise InputError(f"{name} needs a run with {needs or 'factors that has been scored'}")
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- the command ----
 
 METRICS = dict(
     dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score, tad=tad
@@ -688,6 +692,7 @@ def psnr(run, count=256):
 
 def score(result, name, metric):
     """Adds the scores of metric(), its constants (protocol) and seconds, or prints its refusal."""
+    print(f"{name} ..", file=sys.stderr)
     start = time.monotonic()
     try:
         scores = metric()
@@ -704,6 +709,8 @@ def score(result, name, metric):
 
 def score_file(path, names):
     """Scores of the arrays z (n, N) and y (n, K) in an .npz file."""
+    if not os.path.exists(path):
+        raise InputError(f"there is no {path}")
     try:
         arrays = np.load(path)
         z, y = arrays["z"], arrays["y"]
@@ -725,7 +732,8 @@ def score_run(run, metrics, pairs):
         y, names = run.ds.factors(index).numpy(), [*OF_FACTORS, "swap"]
     elif run.ds.attribute_names:
         y, names = run.ds.attributes[index], ["tad"]
-    result = {"scores": {}, "protocol": {"decode": DDIM}, "seconds": {}}
+    decode = DDIM if run.cfg.objective == "diffusion" else "one step"
+    result = {"scores": {}, "protocol": {"decode": decode}, "seconds": {}}
     for name in METRICS:
         if name in (metrics or names):
             score(result, name, partial(METRICS[name], z, y))
@@ -736,7 +744,7 @@ def score_run(run, metrics, pairs):
         score(result, "swap", partial(swaps, pairs=pairs))
     data = dict(name=run.ds.name, factors=run.ds.factor_names, source=run.ds.source)
     result.update(step=run.step, data=data, machine=train.machine(run.device), run=run.info)
-    for place in PLACES:
+    for place in PLACES:  # results hold no paths
         run.info["config"].pop(place, None)
     if not metrics:
         score(result, "psnr", partial(psnr, run))
@@ -744,6 +752,7 @@ def score_run(run, metrics, pairs):
         with atomic(run.out / "codes.npz") as temporary:
             np.savez(temporary, z=z, y=y)
         train.write_json(run.out / "scores.json", result)
+        print(f"wrote scores.json, codes.npz and two figures into {run.out}")
     return result
 
 
@@ -768,12 +777,16 @@ def table(results):
         if "swap" in scores:
             scores["worst_swap"] = scores["swap"]["worst"]
             scores["swap"] = scores["swap"]["mean"]
-        settings.setdefault(name_setting(result), []).append(scores)
-    width = max(map(len, settings))
-    columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
-               "beta_vae", "swap", "worst_swap", "tad", "psnr")
+        setting = name_setting(result), str(result["data"].get("source"))
+        settings.setdefault(setting, []).append(scores)
+    width = max(len(name) for name, _ in settings)
+    columns = []
+    for key in ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
+                "beta_vae", "swap", "worst_swap", "tad", "psnr"):
+        if any(key in scores for runs in settings.values() for scores in runs):
+            columns.append(key)
     print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
-    for name, runs in settings.items():
+    for (name, _), runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"
         for key in columns:
             values = [scores[key] for scores in runs if key in scores]
@@ -804,9 +817,10 @@ def main(argv: list | None = None) -> list:
         raise InputError("name run folders or --codes FILE, which has no swaps; --pairs 1 or more")
     results = []
     if args.codes:
-        results.append(score_file(args.codes, args.metrics or OF_FACTORS))
+        path = os.path.expanduser(args.codes)
+        results.append(score_file(path, args.metrics or OF_FACTORS))
     several = len(args.runs) > 1
-    for folder in args.runs:
+    for folder in map(os.path.expanduser, args.runs):
         out = os.path.expanduser(args.out)
         if out and several:
             out = os.path.join(out, Path(folder).resolve().name)

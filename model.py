@@ -28,7 +28,7 @@ from torch import Tensor
 CONDITIONINGS = ("cross-attention", "adagn")
 
 
-# ---- time embedding ------------------------------------------------------------------------------
+# ---- time embedding ----
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines and sines of t at geometrically spaced frequencies (as in latent diffusion's code).
@@ -37,12 +37,12 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """
     half = dim // 2
     i = torch.arange(half, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * i / half)                # (dim/2,)
-    angles = t[:, None].float() * frequencies                           # (B, dim/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)               # (B, dim)
+    frequencies = torch.exp(-math.log(10000) * i / half)  # (dim/2,)
+    angles = t[:, None].float() * frequencies           # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
 
 
-# ---- attention -----------------------------------------------------------------------------------
+# ---- attention ----
 
 class Attention(nn.Module):
     """Multi-head attention of positions x to a context: x itself, or the concept tokens.
@@ -63,17 +63,17 @@ class Attention(nn.Module):
 
         attn_maps: a list that receives the probabilities (B, h, L, M), or None.
         """
-        q = self.split_heads(self.to_q(x))                              # (B, h, L, d)
-        k = self.split_heads(self.to_k(context))                        # (B, h, M, d)
-        v = self.split_heads(self.to_v(context))                        # (B, h, M, d)
+        q = self.split_heads(self.to_q(x))              # (B, h, L, d)
+        k = self.split_heads(self.to_k(context))        # (B, h, M, d)
+        v = self.split_heads(self.to_v(context))        # (B, h, M, d)
         if attn_maps is None:
-            out = F.scaled_dot_product_attention(q, k, v)               # (B, h, L, d)
-        else:                                                           # the same, written out
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])   # (B, h, L, M)
-            probabilities = scores.softmax(dim=-1)                      # (B, h, L, M)
-            out = probabilities @ v                                     # (B, h, L, d)
+            out = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
+        else:                                           # the same, written out
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, L, M)
+            probabilities = scores.softmax(dim=-1)      # (B, h, L, M)
+            out = probabilities @ v                     # (B, h, L, d)
             attn_maps.append(probabilities)
-        return self.to_out(out.transpose(1, 2).flatten(2))              # (B, L, C)
+        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, L, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, M, h*d) -> (B, h, M, d)"""
@@ -91,8 +91,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, C). Returns (B, L, C)."""
-        x = self.value(x) * F.gelu(self.gate(x))                        # (B, L, 4C)
-        return self.project_out(x)                                      # (B, L, C)
+        x = self.value(x) * F.gelu(self.gate(x))        # (B, L, 4C)
+        return self.project_out(x)                      # (B, L, C)
 
 
 class TransformerBlock(nn.Module):
@@ -114,25 +114,25 @@ class TransformerBlock(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(channels)
         self.feed_forward = FeedForward(channels)
         self.project_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.project_out.weight)                         # the identity at first
+        nn.init.zeros_(self.project_out.weight)         # the identity at first
         nn.init.zeros_(self.project_out.bias)
 
     def forward(self, x: Tensor, tokens: Tensor, attn_maps: list | None = None) -> Tensor:
         """x: (B, C, H, W); tokens: (B, N, D); attn_maps: see Attention. Returns (B, C, H, W)."""
         H, W = x.shape[2:]
-        h = self.project_in(self.norm(x))                               # (B, C, H, W)
-        h = h.flatten(2).transpose(1, 2)                                # (B, L, C)
+        h = self.project_in(self.norm(x))               # (B, C, H, W)
+        h = h.flatten(2).transpose(1, 2)                # (B, L, C)
         normed = self.norm_self(h)
-        h = h + self.self_attention(normed, context=normed)             # (B, L, C)
+        h = h + self.self_attention(normed, context=normed)  # (B, L, C)
         if self.cross_attention is not None:
             normed = self.norm_cross(h)
-            h = h + self.cross_attention(normed, tokens, attn_maps)     # (B, L, C)
-        h = h + self.feed_forward(self.norm_feed_forward(h))            # (B, L, C)
-        h = h.transpose(1, 2).unflatten(2, (H, W))                      # (B, C, H, W)
-        return x + self.project_out(h)                                  # (B, C, H, W)
+            h = h + self.cross_attention(normed, tokens, attn_maps)  # (B, L, C)
+        h = h + self.feed_forward(self.norm_feed_forward(h))  # (B, L, C)
+        h = h.transpose(1, 2).unflatten(2, (H, W))      # (B, C, H, W)
+        return x + self.project_out(h)                  # (B, C, H, W)
 
 
-# ---- residual block ------------------------------------------------------------------------------
+# ---- residual block ----
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a residual; the time embedding scales and shifts between them.
@@ -158,18 +158,18 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity()
         if in_channels != channels:
             self.skip = nn.Conv2d(in_channels, channels, 1)
-        nn.init.zeros_(self.conv_2.weight)                              # only the skip at first
+        nn.init.zeros_(self.conv_2.weight)              # only the skip at first
         nn.init.zeros_(self.conv_2.bias)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: (B, C_in, H, W); emb: (B, E), after its SiLU. Returns (B, C, H', W')."""
-        h = self.resize(F.silu(self.norm_1(x)))                         # (B, C_in, H', W')
-        h = self.conv_1(h)                                              # (B, C, H', W')
-        scale_shift = self.to_scale_shift(emb)[:, :, None, None]        # (B, 2C, 1, 1)
-        scale, shift = scale_shift.chunk(2, dim=1)                      # (B, C, 1, 1) each
-        h = self.norm_2(h) * (1 + scale) + shift                        # (B, C, H', W')
-        h = self.conv_2(F.silu(h))                                      # (B, C, H', W')
-        return self.skip(self.resize(x)) + h                            # (B, C, H', W')
+        h = self.resize(F.silu(self.norm_1(x)))         # (B, C_in, H', W')
+        h = self.conv_1(h)                              # (B, C, H', W')
+        scale_shift = self.to_scale_shift(emb)[:, :, None, None]  # (B, 2C, 1, 1)
+        scale, shift = scale_shift.chunk(2, dim=1)      # (B, C, 1, 1) each
+        h = self.norm_2(h) * (1 + scale) + shift        # (B, C, H', W')
+        h = self.conv_2(F.silu(h))                      # (B, C, H', W')
+        return self.skip(self.resize(x)) + h            # (B, C, H', W')
 
     def resize(self, x: Tensor) -> Tensor:
         """The average of 2x2 positions, or each position repeated 2x2."""
@@ -180,7 +180,7 @@ class ResBlock(nn.Module):
         return x
 
 
-# ---- U-Net ---------------------------------------------------------------------------------------
+# ---- U-Net ----
 
 class UNetBlock(nn.Module):
     """One step of the way down or up: a residual block, and a transformer block if it attends."""
@@ -204,9 +204,9 @@ class UNetBlock(nn.Module):
         self, x: Tensor, emb: Tensor, tokens: Tensor, attn_maps: list | None = None
     ) -> Tensor:
         """x: (B, C_in, H, W); emb: (B, E); tokens: (B, N, D). Returns (B, C, H', W')."""
-        x = self.res_block(x, emb)                                      # (B, C, H', W')
+        x = self.res_block(x, emb)                      # (B, C, H', W')
         if self.transformer is not None:
-            x = self.transformer(x, tokens, attn_maps)                  # (B, C, H', W')
+            x = self.transformer(x, tokens, attn_maps)  # (B, C, H', W')
         return x
 
 
@@ -240,7 +240,7 @@ class UNet(nn.Module):
         self.token_mlp = None
         attention = dict(token_dim=token_dim, heads=heads)
         if conditioning == "adagn":
-            attention = dict(token_dim=None, heads=heads)               # no cross attention
+            attention = dict(token_dim=None, heads=heads)  # no cross attention
             joined = n_tokens * token_dim
             self.token_mlp = nn.Sequential(nn.Linear(joined, E), nn.SiLU(), nn.Linear(E, E))
 
@@ -265,26 +265,26 @@ class UNet(nn.Module):
         (B, N, D). attn_maps: an empty list receives every cross-attention map, one (B, h, L, N)
         tensor of probabilities a transformer block, in the order in which the blocks run.
         """
-        emb = self.embed(t, tokens)                                     # (B, E)
-        h = self.conv_in(x_t)                                           # (B, C_0, H, W)
+        emb = self.embed(t, tokens)                     # (B, E)
+        h = self.conv_in(x_t)                           # (B, C_0, H, W)
         skips = [h]
         for block in self.down:
-            h = block(h, emb, tokens, attn_maps)                        # (B, C', H', W')
+            h = block(h, emb, tokens, attn_maps)        # (B, C', H', W')
             skips.append(h)
         for block in self.middle:
-            h = block(h, emb, tokens, attn_maps)                        # the coarsest level
+            h = block(h, emb, tokens, attn_maps)        # the coarsest level
         for block in self.up:
-            if block.res_block.resample is None:                # resampling takes no skip
-                h = torch.cat([h, skips.pop()], dim=1)                  # (B, C' + C_skip, H', W')
-            h = block(h, emb, tokens, attn_maps)                        # (B, C', H', W')
-        return self.conv_out(F.silu(self.norm_out(h)))                  # (B, C, H, W)
+            if block.res_block.resample is None:        # resampling takes no skip
+                h = torch.cat([h, skips.pop()], dim=1)  # (B, C' + C_skip, H', W')
+            h = block(h, emb, tokens, attn_maps)        # (B, C', H', W')
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
 
     def embed(self, t: Tensor, tokens: Tensor) -> Tensor:
         """The embedding of t (with "adagn" of the tokens, too) after its SiLU, (B, E)."""
-        emb = timestep_embedding(t, self.conv_in.out_channels)          # (B, C_0)
-        emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))          # (B, E)
+        emb = timestep_embedding(t, self.conv_in.out_channels)  # (B, C_0)
+        emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))  # (B, E)
         if self.token_mlp is not None:
-            emb = emb + self.token_mlp(tokens.flatten(1))               # (B, N*D) -> (B, E)
+            emb = emb + self.token_mlp(tokens.flatten(1))  # (B, N*D) -> (B, E)
         return F.silu(emb)
 
 
@@ -327,7 +327,7 @@ def build_up(
     return blocks
 
 
-# ---- for the ablation without diffusion ----------------------------------------------------------
+# ---- for the ablation without diffusion ----
 
 class Decoder(nn.Module):
     """The decoder half of the U-Net: x_0 from the tokens alone, in one step (EncDiff, ablations).
@@ -366,8 +366,8 @@ class Decoder(nn.Module):
         self, x_t: Tensor, t: Tensor, tokens: Tensor, attn_maps: list | None = None
     ) -> Tensor:
         """x_0 (B, C, H, W) of tokens (B, N, D). x_t and t, there for UNet's sake, are not read."""
-        emb = tokens.new_zeros(len(tokens), self.emb_dim)               # (B, E)
-        h = self.start.expand(len(tokens), -1, -1, -1)                  # (B, C', H', W')
+        emb = tokens.new_zeros(len(tokens), self.emb_dim)  # (B, E)
+        h = self.start.expand(len(tokens), -1, -1, -1)  # (B, C', H', W')
         for block in [*self.middle, *self.up]:
-            h = block(h, emb, tokens, attn_maps)                        # (B, C', H', W')
-        return self.conv_out(F.silu(self.norm_out(h)))                  # (B, C, H, W)
+            h = block(h, emb, tokens, attn_maps)        # (B, C', H', W')
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)

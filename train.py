@@ -43,7 +43,7 @@ from model import CONDITIONINGS, Decoder, UNet
 from vae import FIRST_STAGES, Autoencoder
 
 
-# ---- configuration -------------------------------------------------------------------------------
+# ---- configuration ----
 
 @dataclass
 class Config:
@@ -56,7 +56,7 @@ class Config:
     vae: str = ""                   # another run, whose first stage is used instead of a new one
     seed: int = 0                   # of weights, batches and noise
     device: str = "auto"            # cpu, cuda, mps; auto: the first of cuda, mps, cpu there is
-    precision: str = "float32"      # float32 or bfloat16
+    precision: str = "float32"      # float32 or bfloat16, of token encoder and U-Net
     compile: bool = False           # torch.compile the networks
     score_images: int = 0           # images encoded for the scores, at random; 0: all [all]
     # first stage
@@ -145,20 +145,30 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
             given[name] = os.path.abspath(os.path.expanduser(given[name]))
 
     if "resume" not in given:
+        fixed = [name for name in given if is_first_stage(name)]
+        if "vae" in given and fixed:
+            raise InputError(f"--vae takes the first stage's settings from {given['vae']}: leave "
+                             f"out {', '.join(fixed).replace('_', '-')}")
         cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
         name = f"{Path(cfg.data).stem or 'world'}-{cfg.preset}-{cfg.seed}"
         return dataclasses.replace(cfg, out=cfg.out or os.path.abspath(f"runs/{name}")), False
     folder = given.pop("resume")
-    wrong = set(given) - {"steps", "device", "data"}
+    wrong = set(given) - {"steps", "device", "data", "cache"}
     if wrong:
-        raise InputError("--resume takes everything but --steps, --device and --data from the run: "
-                         f"leave out {', '.join(sorted(wrong)).replace('_', '-')}")
+        raise InputError("--resume takes all but --steps, --device, --data and --cache from the "
+                         f"run: leave out {', '.join(sorted(wrong)).replace('_', '-')}")
     return dataclasses.replace(config_of(read_run(folder)), out=folder, **given), True
+
+
+def is_first_stage(name: str) -> bool:
+    """Whether a field of Config describes the first stage."""
+    return name in ("first_stage", "latent_channels") or name.startswith("vae_")
 
 
 def numbers(text: str) -> tuple:
     """'1,2,4' -> (1, 2, 4); '0.9,0.99' -> (0.9, 0.99)"""
-    return tuple(float(part) if "." in part else int(part) for part in text.split(","))
+    parts = text.strip("()").split(",")
+    return tuple(float(part) if "." in part else int(part) for part in parts)
 
 
 def check(cfg: Config):
@@ -198,7 +208,7 @@ def check_sizes(cfg: Config):
         raise InputError("--objective reconstruct has no time embedding for --conditioning adagn")
 
 
-# ---- networks ------------------------------------------------------------------------------------
+# ---- networks ----
 
 def build_vae(cfg: Config) -> Autoencoder:
     """The first stage."""
@@ -248,12 +258,12 @@ def latent_shape(cfg: Config) -> tuple[int, int, int]:
 
 
 def fixed_input(cfg: Config) -> torch.Tensor:
-    """What the U-Net gets for x_t in the ablation "reconstruct-unet": one draw of N(0, I) for all
-    images of all runs, (1, Z, h, w)."""
+    """One draw of N(0, I), (1, Z, h, w), the same in all runs: the U-Net's input in the ablation
+    "reconstruct-unet", and in evaluate.py the x_T from which all images are sampled."""
     return torch.randn(1, *latent_shape(cfg), generator=torch.Generator().manual_seed(0))
 
 
-# ---- first stage ---------------------------------------------------------------------------------
+# ---- first stage ----
 
 def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     """Trains the autoencoder (Rombach et al. 2022, section 3.1); returns it, frozen."""
@@ -270,18 +280,18 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     model = wrap(vae, cfg)
 
     def draw_images(n):
-        return ds.images(torch.randint(len(ds), (n,))).to(device)       # (n, 3, 64, 64)
+        return ds.images(torch.randint(len(ds), (n,))).to(device)  # (n, 3, 64, 64)
 
     if start == 0 and cfg.first_stage == "vq":
         with torch.no_grad():
             vae.codebook.init_from(vae.encoder(draw_images(256)))
     for step in range(start, cfg.vae_steps):
         seed_step(cfg.seed, step)
-        images = draw_images(B)                                         # (B, 3, 64, 64)
+        images = draw_images(B)                         # (B, 3, 64, 64)
         loss, l1 = model(images)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), math.inf)   # measured, not clipped
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), math.inf)  # measured, not clipped
         lr = learning_rate(step, cfg.vae_steps, cfg.vae_lr, warmup=100, decay=cfg.decay)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -295,7 +305,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     return vae.eval().requires_grad_(False)
 
 
-# ---- tokens and U-Net ----------------------------------------------------------------------------
+# ---- tokens and U-Net ----
 
 def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.device):
     """Trains token encoder and U-Net on the noise-prediction loss alone.
@@ -315,28 +325,28 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     start = restore(checkpoint, parts)
     log = Log(cfg, "tokens", start, cfg.steps)
     B, T = cfg.batch_size // ranks()[1], diffusion.steps
-    constant = fixed_input(cfg).to(device)                      # of an ablation, see below
+    constant = fixed_input(cfg).to(device)              # of an ablation, see below
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
-    raw_unet = unet                                             # not compiled, not distributed
+    raw_unet = unet                                     # not compiled, not distributed
     encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
 
     for step in range(start, cfg.steps):
         seed_step(cfg.seed, step)
-        images = ds.images(torch.randint(len(ds), (B,))).to(device)     # (B, 3, 64, 64)
-        x_0 = vae.encode(images)                                        # (B, Z, h, w)
+        images = ds.images(torch.randint(len(ds), (B,))).to(device)  # (B, 3, 64, 64)
+        x_0 = vae.encode(images)                        # (B, Z, h, w)
         u = torch.rand(B)
-        if cfg.stratified:                                      # DEVIATION: one t of each B-th part
+        if cfg.stratified:                              # DEVIATION: one t of each B-th part
             u = (torch.arange(B) + u) / B
-        t = (T * u**cfg.t_power).long().clamp(max=T - 1).to(device)     # (B,)
+        t = (T * u**cfg.t_power).long().clamp(max=T - 1).to(device)  # (B,)
         eps = torch.randn_like(x_0)
-        x_t = diffusion.q_sample(x_0, t, eps)                           # (B, Z, h, w)
+        x_t = diffusion.q_sample(x_0, t, eps)           # (B, Z, h, w)
         target = eps
-        if cfg.objective != "diffusion":                        # ablations: x_0 from tokens alone
+        if cfg.objective != "diffusion":                # ablations: x_0 from tokens alone
             x_t, t, target = constant.expand_as(x_0), torch.zeros_like(t), x_0
 
         with autocast(cfg, device):
-            tokens = encoder(images)                                    # (B, N, D)
-            eps_pred = unet(x_t, t, tokens)                             # (B, Z, h, w)
+            tokens = encoder(images)                    # (B, N, D)
+            eps_pred = unet(x_t, t, tokens)             # (B, Z, h, w)
             loss = loss_function(eps_pred, target)
         optimizer.zero_grad()
         loss.backward()
@@ -378,7 +388,7 @@ def seed_step(seed: int, step: int):
     torch.manual_seed(seed * 10**9 + step * processes + rank)
 
 
-# ---- devices and processes -----------------------------------------------------------------------
+# ---- devices and processes ----
 
 def choose_device(name: str) -> torch.device:
     """"auto" or a name -> torch.device; under torchrun each process its own GPU. InputError."""
@@ -418,7 +428,7 @@ def autocast(cfg: Config, device: torch.device) -> contextlib.AbstractContextMan
     return contextlib.nullcontext()
 
 
-# ---- run folder and checkpoints ------------------------------------------------------------------
+# ---- run folder and checkpoints ----
 
 LOG_EVERY = 50                          # steps between two lines of the log
 SAVE_EVERY = 120                        # seconds between two checkpoints, which follow a line
@@ -430,15 +440,15 @@ class Log:
     def __init__(self, cfg: Config, stage: str, start: int, steps: int):
         self.path = Path(cfg.out) / "log.jsonl"
         self.stage, self.step, self.steps = stage, start, steps
-        self.losses = []                                        # since the last line
+        self.losses = []                                # since the last line
         self.seconds = 0.0
-        kept = ""                                               # lines up to the checkpoint
+        kept = ""                                       # lines up to the checkpoint
         for line in read_log(cfg.out):
             if line["stage"] != stage or line["step"] <= start:
                 kept += json.dumps(line) + "\n"
             if line["stage"] == stage and line["step"] <= start:
                 self.seconds = line["seconds"]
-        self.is_first = ranks()[0] == 0                         # the process that writes
+        self.is_first = ranks()[0] == 0                 # the process that writes
         if self.is_first:
             with atomic(self.path) as temporary:
                 temporary.write_text(kept)
@@ -481,7 +491,7 @@ def read_log(folder: str | Path) -> list[dict]:
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]   # the last may be cut short
+    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
 
 
 def save_checkpoint(path: Path, cfg: Config, step: int, parts: dict):
@@ -510,20 +520,12 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{path} is damaged: train again ({reason})") from error
-    for name, part in parts.items():
-        state = contents.get(name, {})
-        if not same_shapes(state, part.state_dict()):
-            raise InputError(f"{path} is of another configuration than run.json beside it")
-        part.load_state_dict(state)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(contents[name])
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is of another configuration than run.json beside it") from error
     return contents
-
-
-def same_shapes(state: dict, expected: dict) -> bool:
-    """Whether a module's saved state fits; an optimizer's is not looked at."""
-    if "param_groups" in expected:
-        return "param_groups" in state
-    shapes = {name: value.shape for name, value in state.items()}
-    return shapes == {name: value.shape for name, value in expected.items()}
 
 
 def write_json(path: Path, contents: dict | list):
@@ -570,7 +572,6 @@ def machine(device: torch.device) -> dict:
     return dict(
         command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         commit=commit,
-        python=platform.python_version(),
         torch=torch.__version__,
         processor=processor,
         threads=torch.get_num_threads(),
@@ -591,25 +592,21 @@ def peak_memory(device: torch.device) -> dict:
     return peak
 
 
-# ---- the run -------------------------------------------------------------------------------------
+# ---- the run ----
 
 def take_first_stage(cfg: Config) -> Config:
-    """Copies the first stage of the run cfg.vae into this run's folder; cfg with its settings."""
-    path = Path(cfg.vae) / "vae.pt"
-    other = load_checkpoint(path)
-    settings = {}
-    for name, value in other["config"].items():
-        if name in ("first_stage", "latent_channels") or name.startswith("vae_"):
-            settings[name] = value
+    """cfg with the first-stage settings of the run cfg.vae. InputError if that is not finished."""
+    other = load_checkpoint(Path(cfg.vae) / "vae.pt")
+    settings = {name: v for name, v in other["config"].items() if is_first_stage(name)}
     if other["step"] < settings["vae_steps"]:
         raise InputError(f"the first stage in {cfg.vae} is not finished: --resume that run")
-    with atomic(Path(cfg.out) / "vae.pt") as temporary:
-        shutil.copyfile(path, temporary)
-    return dataclasses.replace(cfg, **settings)
+    cfg = dataclasses.replace(cfg, **settings)
+    check(cfg)
+    return cfg
 
 
-def prepare(cfg: Config, resume: bool, device: torch.device):
-    """Makes the run folder, or looks at the one to go on with; unpacks the data; writes run.json.
+def prepare(cfg: Config, resume: bool, device: torch.device) -> Dataset:
+    """Makes the run folder, or looks at the one to go on with; writes run.json; opens the data.
 
     InputError when the folder is in use, has gone further, or was trained on other data.
     """
@@ -628,13 +625,15 @@ def prepare(cfg: Config, resume: bool, device: torch.device):
     if (was["images"], was["factor_sizes"]) != (data["images"], data["factor_sizes"]):
         raise InputError(f"{folder} was trained on {was['images']} images of {was['name']}; "
                          f"{cfg.data or 'the built-in world'} has {len(ds)} of {ds.name}")
+    if cfg.vae and not resume:
+        cfg = take_first_stage(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.vae and not (folder / "vae.pt").exists():
-        cfg = take_first_stage(cfg)
-        check(cfg)
+        with atomic(folder / "vae.pt") as temporary:
+            shutil.copyfile(Path(cfg.vae) / "vae.pt", temporary)
     run["config"] = dataclasses.asdict(cfg)
     run["data"] = data
-    run.setdefault("machine", machine(device))                  # where it was started
+    run.setdefault("machine", machine(device))          # where it was started
     run["parameters"] = {}
     for part in (build_vae(cfg), build_encoder(cfg), build_unet(cfg)):
         run["parameters"][type(part).__name__] = sum(p.numel() for p in part.parameters())
@@ -642,6 +641,7 @@ def prepare(cfg: Config, resume: bool, device: torch.device):
     for name, value in run["config"].items():
         print(f"{name}: {value}")
     print("parameters:", run["parameters"])
+    return ds
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -651,19 +651,20 @@ def main(argv: list[str] | None = None) -> str:
     device = choose_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:                                    # torchrun started this process
+    if "RANK" in os.environ:                            # torchrun started this process
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, processes = ranks()
     if cfg.batch_size % processes or cfg.vae_batch_size % processes:
         raise InputError(f"the {processes} processes cannot share batches of {cfg.batch_size} and "
                          f"{cfg.vae_batch_size} images evenly")
     if rank == 0:
-        prepare(cfg, resume, device)
+        ds = prepare(cfg, resume, device)
     if processes > 1:
         dist.barrier()
     run = read_run(cfg.out)
     cfg = config_of(run)
-    ds = open_dataset(cfg.data, cfg.cache)
+    if rank > 0:
+        ds = open_dataset(cfg.data, cfg.cache)
     vae = train_vae(cfg, ds, device)
     train_tokens(cfg, ds, vae, device)
     if rank == 0:

@@ -42,9 +42,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C_in, H, W). Returns (B, C, H, W)."""
-        y = self.conv_1(F.silu(self.norm_1(x)))                         # (B, C, H, W)
-        y = self.conv_2(F.silu(self.norm_2(y)))                         # (B, C, H, W)
-        return self.skip(x) + y                                         # (B, C, H, W)
+        y = self.conv_1(F.silu(self.norm_1(x)))         # (B, C, H, W)
+        y = self.conv_2(F.silu(self.norm_2(y)))         # (B, C, H, W)
+        return self.skip(x) + y                         # (B, C, H, W)
 
 
 def build_encoder(
@@ -55,10 +55,10 @@ def build_encoder(
     if patch == 1:
         layers = [nn.Conv2d(3, c, 3, padding=1)]
     else:
-        layers = [nn.Conv2d(3, c, patch, stride=patch)]                 # each patch a position
+        layers = [nn.Conv2d(3, c, patch, stride=patch)]  # each patch a position
     for level, width in enumerate(widths):
         if level > 0:
-            layers.append(nn.Conv2d(c, c, 3, stride=2, padding=1))      # halves H and W
+            layers.append(nn.Conv2d(c, c, 3, stride=2, padding=1))  # halves H and W
         for _ in range(res_blocks):
             layers.append(ResBlock(c, width, groups))
             c = width
@@ -82,7 +82,7 @@ def build_decoder(
             layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
             layers.append(nn.Conv2d(c, c, 3, padding=1))
     layers += [nn.GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, 3 * patch**2, 3, padding=1)]
-    layers.append(nn.PixelShuffle(patch))                               # with patch 1 the identity
+    layers.append(nn.PixelShuffle(patch))               # with patch 1 the identity
     return nn.Sequential(*layers)
 
 
@@ -91,20 +91,20 @@ class Codebook(nn.Module):
 
     def __init__(self, size: int, latent_channels: int):
         super().__init__()
-        self.vectors = nn.Embedding(size, latent_channels)              # (V, Z)
+        self.vectors = nn.Embedding(size, latent_channels)  # (V, Z)
         nn.init.uniform_(self.vectors.weight, -1 / size, 1 / size)
 
     def forward(self, latent: Tensor) -> Tensor:
         """latent: (B, Z, h, w). Returns its nearest vectors in the same shape."""
-        return self.vectors(self.nearest(latent)).permute(0, 3, 1, 2)   # (B, Z, h, w)
+        return self.vectors(self.nearest(latent)).permute(0, 3, 1, 2)  # (B, Z, h, w)
 
     def nearest(self, latent: Tensor) -> Tensor:
         """latent: (B, Z, h, w). Returns the index (B, h, w) of the nearest vector."""
-        x = latent.permute(0, 2, 3, 1)                                  # (B, h, w, Z)
-        e = self.vectors.weight                                         # (V, Z)
+        x = latent.permute(0, 2, 3, 1)                  # (B, h, w, Z)
+        e = self.vectors.weight                         # (V, Z)
         # |x - e|^2 = |x|^2 - 2 x.e + |e|^2, and |x|^2 does not change which e is nearest
-        distance = e.square().sum(dim=1) - 2 * x @ e.t()                # (B, h, w, V)
-        return distance.argmin(dim=-1)                                  # (B, h, w)
+        distance = e.square().sum(dim=1) - 2 * x @ e.t()  # (B, h, w, V)
+        return distance.argmin(dim=-1)                  # (B, h, w)
 
     @torch.no_grad()
     def init_from(self, latent: Tensor):
@@ -112,10 +112,10 @@ class Codebook(nn.Module):
 
         DEVIATION: latent diffusion starts from uniform numbers, of which many are never used.
         """
-        x = latent.permute(0, 2, 3, 1).flatten(0, 2)                    # (B*h*w, Z)
+        x = latent.permute(0, 2, 3, 1).flatten(0, 2)    # (B*h*w, Z)
         rows = torch.randint(len(x), (len(self.vectors.weight),), device=x.device)
         noise = 0.01 * x.std() * torch.randn_like(self.vectors.weight)
-        self.vectors.weight.copy_(x[rows] + noise)                      # (V, Z)
+        self.vectors.weight.copy_(x[rows] + noise)      # (V, Z)
 
 
 class Autoencoder(nn.Module):
@@ -153,7 +153,7 @@ class Autoencoder(nn.Module):
         self.codebook = Codebook(codebook_size, latent_channels) if kind == "vq" else None
         self.register_buffer("scale", torch.ones(()))   # 1 / std of the latent, set after training
 
-    # ---- what the diffusion uses ----------------------------------------------------------------
+    # ---- what the diffusion uses ----
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) in [-1, 1]. Returns x_0: (B, Z, h, w), before quantisation.
@@ -161,19 +161,19 @@ class Autoencoder(nn.Module):
         DEVIATION: for KL the mean, not a draw (latent diffusion draws), so that an image has one
         latent; at its KL weight the two hardly differ.
         """
-        latent = self.encoder(images)                                   # (B, Z or 2Z, h, w)
+        latent = self.encoder(images)                   # (B, Z or 2Z, h, w)
         if self.kind == "kl":
-            latent, _ = latent.chunk(2, dim=1)                          # (B, Z, h, w)
+            latent, _ = latent.chunk(2, dim=1)          # (B, Z, h, w)
         return self.scale * latent
 
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0: (B, Z, h, w) as from encode. Returns images (B, 3, H, W), not clipped to [-1, 1]."""
-        latent = x_0 / self.scale                                       # (B, Z, h, w)
+        latent = x_0 / self.scale                       # (B, Z, h, w)
         if self.kind == "vq":
-            latent = self.codebook(latent)                              # (B, Z, h, w)
-        return self.decoder(latent)                                     # (B, 3, H, W)
+            latent = self.codebook(latent)              # (B, Z, h, w)
+        return self.decoder(latent)                     # (B, 3, H, W)
 
-    # ---- training -------------------------------------------------------------------------------
+    # ---- training ----
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and of it the L1 reconstruction error alone: two scalars.
@@ -193,7 +193,7 @@ class Autoencoder(nn.Module):
         Latent diffusion adds the KL to an error summed over an image's numbers; the error here is
         their mean, so the KL is divided by their count.
         """
-        mean, log_var = self.encoder(images).chunk(2, dim=1)            # (B, Z, h, w) each
+        mean, log_var = self.encoder(images).chunk(2, dim=1)  # (B, Z, h, w) each
         log_var = log_var.clamp(-30, 20)
         latent = mean + (0.5 * log_var).exp() * torch.randn_like(mean)  # (B, Z, h, w)
         kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(dim=(1, 2, 3)).mean()
@@ -205,12 +205,12 @@ class Autoencoder(nn.Module):
         DEVIATION: by a legacy switch, latent diffusion's code weighs the codebook term by beta and
         the commitment by 1; here they are weighed as VQ-VAE writes them.
         """
-        latent = self.encoder(images)                                   # (B, Z, h, w)
-        nearest = self.codebook(latent)                                 # (B, Z, h, w)
+        latent = self.encoder(images)                   # (B, Z, h, w)
+        nearest = self.codebook(latent)                 # (B, Z, h, w)
         codebook_loss = F.mse_loss(nearest, latent.detach())
         commitment_loss = F.mse_loss(latent, nearest.detach())
         loss = codebook_loss + self.commitment * commitment_loss
-        return latent + (nearest - latent).detach(), loss               # straight-through gradient
+        return latent + (nearest - latent).detach(), loss  # straight-through gradient
 
     @torch.no_grad()
     def set_scale(self, images: Tensor):

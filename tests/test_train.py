@@ -17,11 +17,12 @@ from diffusion import Diffusion
 from train import Config, learning_rate, load_checkpoint, parse, read_log, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = (
-    "--vae-steps 12 --steps 30 --batch-size 8 --vae-batch-size 8 --channels 8 --multipliers 1,2 "
-    "--heads 2 --groups 4 --vae-channels 8 --vae-groups 4 --encoder-width 8 --tokens 5 "
-    "--token-dim 6 --latent-channels 3 --device cpu"
+SMALL_UNET = (
+    "--steps 30 --batch-size 8 --channels 8 --multipliers 1,2 --heads 2 --groups 4 "
+    "--encoder-width 8 --tokens 5 --token-dim 6 --device cpu"
 ).split()
+SMALL_VAE = "--vae-steps 12 --vae-batch-size 8 --vae-channels 8 --vae-groups 4 --latent-channels 3"
+SMALL = [*SMALL_UNET, *SMALL_VAE.split()]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def run(npz, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
 
     def start(name, flags=""):
-        return train.main([*SMALL, "--data", npz, "--out", str(tmp_path / name), *flags.split()])
+        small = SMALL_UNET if "--vae " in flags else SMALL
+        return train.main([*small, "--data", npz, "--out", str(tmp_path / name), *flags.split()])
     return start
 
 
@@ -209,7 +211,9 @@ def test_a_run_knows_its_data_wherever_it_is(run, npz, tmp_path, monkeypatch):
 
 def test_the_first_stage_of_another_run(run, npz, tmp_path):
     first = run("first")
-    second = run("second", f"--seed 1 --vae {first} --vae-channels 16 --latent-channels 4")
+    second = run("second", f"--seed 1 --vae {first}")
+    with pytest.raises(InputError, match="leave out vae-channels"):
+        train.main(["--vae", first, "--vae-channels", "16", "--out", str(tmp_path / "third")])
     vae = [load_checkpoint(Path(folder) / "vae.pt")["vae"] for folder in (first, second)]
     assert same(*vae)
     assert not same(weights(first), weights(second))
