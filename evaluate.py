@@ -840,6 +840,7 @@ def main(argv: list | None = None) -> list:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any terminal
     try:
         main()
     except InputError as error:

@@ -677,6 +677,7 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any terminal
     try:
         folder = main()
         if os.environ.get("RANK", "0") == "0":

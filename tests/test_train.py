@@ -1,6 +1,7 @@
 """train.py from flags to run folder: the loss reads the tokens, runs resume, mistakes end well."""
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -207,6 +208,17 @@ def test_a_run_knows_its_data_wherever_it_is(run, npz, tmp_path, monkeypatch):
     np.savez(other, images=images, labels=np.stack(np.unravel_index(np.arange(6), (2, 3)), 1))
     with pytest.raises(InputError, match="trained on 40 images .*other.npz has 6"):
         train.main(["--resume", folder, "--steps", "33", "--data", str(other)])
+
+
+def test_any_path_can_be_printed_on_any_terminal(npz, tmp_path):
+    path = tmp_path / "données.npz"
+    path.write_bytes(Path(npz).read_bytes())
+    flags = [*SMALL, "--vae-steps", "1", "--steps", "1", "--data", str(path)]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / "cœur")]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cœur" / "scores.json").exists()
 
 
 def test_the_first_stage_of_another_run(run, npz, tmp_path):
