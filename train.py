@@ -563,6 +563,9 @@ def machine(device: torch.device) -> dict:
         commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    words = []                                          # results hold no absolute paths
+    for word in sys.argv:
+        words.append(Path(word).name if os.path.isabs(word) else word)
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -570,7 +573,7 @@ def machine(device: torch.device) -> dict:
             if line.startswith("model name"):
                 processor = line.split(":")[1].strip()
     return dict(
-        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=" ".join(["python", *words]),
         commit=commit,
         torch=torch.__version__,
         processor=processor,
