@@ -1,7 +1,7 @@
 """Trains EncDiff: first the autoencoder, then token encoder and U-Net together; then scores them.
 
     python train.py                                  # built-in world, preset small
-    python train.py --preset tiny                    # about two minutes: start here
+    python train.py --preset tiny                    # a few minutes: start here
     python train.py --data 3dshapes.h5               # DeepMind's file, nothing else changed
     python train.py --preset paper --device cuda     # sizes and constants of the authors' code
     python train.py --resume runs/world-small-0      # go on after an interruption
@@ -105,7 +105,7 @@ class Config:
 # DEVIATION: tiny and small are not the paper's sizes and constants; they were chosen by trials on
 # two CPU cores. In paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
 PRESETS = {
-    "tiny": dict(vae_steps=400, steps=700, batch_size=32, warmup=100, score_images=30000),
+    "tiny": dict(vae_steps=1200, steps=1800, warmup=100, score_images=30000),
     "small": dict(),
     "paper": dict(
         first_stage="vq", vae_multipliers=(1, 2, 4), vae_res_blocks=2, vae_groups=32,
