@@ -280,7 +280,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     model = wrap(vae, cfg)
 
     def draw_images(n):
-        return ds.images(torch.randint(len(ds), (n,))).to(device)  # (n, 3, 64, 64)
+        return move(ds.images(torch.randint(len(ds), (n,))), device)  # (n, 3, 64, 64)
 
     if start == 0 and cfg.first_stage == "vq":
         with torch.no_grad():
@@ -329,15 +329,18 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
     raw_unet = unet                                     # not compiled, not distributed
     encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
+    encode = torch.compile(vae.encode) if cfg.compile else vae.encode
 
     for step in range(start, cfg.steps):
         seed_step(cfg.seed, step)
-        images = ds.images(torch.randint(len(ds), (B,))).to(device)  # (B, 3, 64, 64)
-        x_0 = vae.encode(images)                        # (B, Z, h, w)
+        images = ds.images(torch.randint(len(ds), (B,)))
+        images = move(images, device)                   # (B, 3, 64, 64)
+        x_0 = encode(images)                            # (B, Z, h, w)
         u = torch.rand(B)
         if cfg.stratified:                              # DEVIATION: one t of each B-th part
             u = (torch.arange(B) + u) / B
-        t = (T * u**cfg.t_power).long().clamp(max=T - 1).to(device)  # (B,)
+        t = (T * u**cfg.t_power).long().clamp(max=T - 1)
+        t = move(t, device)                             # (B,)
         eps = torch.randn_like(x_0)
         x_t = diffusion.q_sample(x_0, t, eps)           # (B, Z, h, w)
         target = eps
@@ -378,8 +381,7 @@ def ema_decay(n: int, limit: float = 0.9999) -> float:
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float):
     """ema <- decay * ema + (1 - decay) * model, parameter by parameter, in place."""
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        average.lerp_(parameter, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def seed_step(seed: int, step: int):
@@ -395,14 +397,21 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and "RANK" not in os.environ
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {name} cannot be used here ({reason}): try cpu") from error
     return torch.device(name)
+
+
+def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device. A GPU that is still busy with the step before is not waited for."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def ranks() -> tuple[int, int]:
@@ -431,7 +440,7 @@ def autocast(cfg: Config, device: torch.device) -> contextlib.AbstractContextMan
 # ---- run folder and checkpoints ----
 
 LOG_EVERY = 50                          # steps between two lines of the log
-SAVE_EVERY = 120                        # seconds between two checkpoints, which follow a line
+SAVE_EVERY = 60                         # seconds between two checkpoints, which follow a line
 
 
 class Log:
@@ -654,6 +663,7 @@ def main(argv: list[str] | None = None) -> str:
     device = choose_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32, as convolutions have by default
     if "RANK" in os.environ:                            # torchrun started this process
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, processes = ranks()

@@ -2,6 +2,7 @@
 
     pip install diffusers
     python tests/bench_train.py [--preset small paper] [--device cpu] [--precision float32]
+        [--compile] [--seconds 60]
 
 Token encoder, loss, optimizer and weight average are this project's in both; only the U-Net
 changes. Ours and theirs take steps in turn; medians.
@@ -62,6 +63,7 @@ class Step:
         self.unet = unet.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(unet).requires_grad_(False)
         self.params = [*self.encoder.parameters(), *self.unet.parameters()]
+        self.compiled = [train.wrap(self.encoder, cfg), train.wrap(self.unet, cfg)]
         self.optimizer = torch.optim.AdamW(self.params, 1e-5, cfg.betas, fused=device.type != "mps")
         self.diffusion = Diffusion(cfg.schedule).to(device)
         self.images = torch.rand(cfg.batch_size, 3, 64, 64, device=device) * 2 - 1
@@ -72,7 +74,8 @@ class Step:
         eps = torch.randn_like(self.x_0)
         x_t = self.diffusion.q_sample(self.x_0, t, eps)
         with train.autocast(self.cfg, self.device):
-            loss = F.l1_loss(self.unet(x_t, t, self.encoder(self.images)), eps)
+            encoder, unet = self.compiled
+            loss = F.l1_loss(unet(x_t, t, encoder(self.images)), eps)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -96,9 +99,10 @@ def seconds(work, device):
     return time.perf_counter() - started
 
 
-def measure(preset, precision, device, budget=60.0):
+def measure(preset, precision, compiled, device, budget):
     """Two rows, ours and diffusers': milliseconds a step, images a second, seconds of DDIM."""
-    cfg = train.Config(preset=preset, precision=precision, **train.PRESETS[preset])
+    cfg = dict(preset=preset, precision=precision, compile=compiled)
+    cfg = train.Config(**cfg, **train.PRESETS[preset])
     steps = {"ours": Step(cfg, train.build_unet(cfg), device),
              "diffusers": Step(cfg, diffusers_unet(cfg), device)}
     times = {name: [] for name in steps}
@@ -110,7 +114,8 @@ def measure(preset, precision, device, budget=60.0):
     for name, step in steps.items():
         median = statistics.median(times[name][2:])             # the first two warm up
         rows.append({
-            "preset": preset, "unet": name, "precision": precision, "batch": cfg.batch_size,
+            "preset": preset, "unet": name, "precision": precision,
+            "compile": compiled, "batch": cfg.batch_size,
             "parameters": sum(p.numel() for p in step.unet.parameters()),
             "ms_per_step": round(1000 * median, 2), "steps": len(times[name]),
             "images_per_second": round(cfg.batch_size / median, 1),
@@ -124,14 +129,17 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["small", "paper"])
     parser.add_argument("--precision", nargs="+", default=["float32"])
+    parser.add_argument("--compile", action="store_true", help="measure compiled networks, too")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of steps, for a pair of rows")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = train.choose_device(args.device)
     rows = []
     for preset in args.preset:
         for precision in args.precision:
-            rows += measure(preset, precision, device)
-            print(*rows[-2:], sep="\n", flush=True)
+            for compiled in (False, True)[:1 + args.compile]:
+                rows += measure(preset, precision, compiled, device, args.seconds)
+                print(*rows[-2:], sep="\n", flush=True)
     result = {"machine": train.machine(device), "rows": rows}
     train.write_json(ROOT / ".github" / "results" / f"bench_train-{device.type}.json", result)
 
