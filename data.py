@@ -1,29 +1,22 @@
-"""The data sets behind one small interface, and the built-in world.
+"""The data sets behind one small interface: files, folders of images, and the built-in world.
 
-    python data.py world.h5        # writes the built-in world as a file in DeepMind's layout
-
-The world has the factors of 3D Shapes (Burgess and Kim 2018) but other images and so other scores.
-
-Exports: open_dataset, Dataset, World, write_world, atomic, InputError.
+Exports: open_dataset, Dataset, World, atomic, InputError.
 Letters: B batch, H, W height and width (64), K factors, A attributes, n images of a file or folder.
 """
-import argparse
 import colorsys
 import contextlib
+import glob
 import math
-import os
 import secrets
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 SIDE = 64  # height and width of all images, in pixels
@@ -37,29 +30,23 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, which is renamed to `path` at the end.
-
-    It is removed after an error or Ctrl-C. Its name is random, so two processes never share it.
-    """
+    """Yields a temporary path of random name, renamed to `path` at the end, removed on errors."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class Dataset:
-    """Images by number and, where they are known, their factors of variation.
+    """Images by number and, where they are known, their factors of variation or attributes.
 
-    name: for tables.
     factor_names, factor_sizes: tuples of length K, empty without factors. With factors, the images
     are all their combinations in order, the last factor varying fastest.
     attribute_names: tuple of length A. attributes: int64 (len, A) of 0 and 1, or None.
-    source: what identifies the images; kept results are compared with it.
-
-    An index and factors may be lists, arrays or tensors; a wrong one is a ValueError.
+    source: what identifies the images. An index and factors may be lists, arrays or tensors.
     """
 
     factor_names = ()
@@ -94,7 +81,6 @@ class Dataset:
         return torch.from_numpy(np.ravel_multi_index(values, self.factor_sizes))
 
     def checked(self, index) -> np.ndarray:
-        """index as an int64 array (B,), or a ValueError."""
         index = np.asarray(index, dtype=np.int64)
         if index.ndim != 1 or ((index < 0) | (index >= len(self))).any():
             raise ValueError(f"index must be (B,) in 0..{len(self) - 1}, not {index}")
@@ -108,24 +94,21 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
     """
     if not path:
         return World()
-    path = Path(os.path.abspath(os.path.expanduser(path)))
+    path = Path(path).expanduser().absolute()
     if not path.exists():
         raise InputError(f"there is no {path}: correct --data (without it: the built-in world)")
     try:
         if path.is_dir():
             return open_folder(path, cache)
-        with open(path, "rb") as file:
-            start = file.read(4)
-        if start == b"\x89HDF":
-            return open_arrays(path, h5py.File, read_hdf5, cache)
-        if start[:2] == b"PK":
-            return open_arrays(path, np.load, read_npz, cache)
+        if zipfile.is_zipfile(path):
+            with np.load(path) as file:
+                return open_arrays(path, cache, file, read_npz)
+        with h5py.File(path) as file:
+            return open_arrays(path, cache, file, read_hdf5)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        advice = "it is damaged or cut short, fetch it again"
-        if getattr(error, "errno", None):  # locked by a writer, no permission, ...
-            advice = "the system refuses it"
-        raise InputError(f"cannot read {path} or unpack it: {advice} ({error})") from error
-    raise InputError(f"{path} is neither HDF5 nor .npz nor a folder of images")
+        raise InputError(f"cannot unpack {path} as HDF5, .npz or folder: if it is damaged, fetch it"
+                         " again; if its folder cannot be written, name another by --cache"
+                         f" ({error})") from error
 
 
 # ---- 2. What people download ----
@@ -133,20 +116,18 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
 class CachedDataset(Dataset):
     """Images of a file or folder, unpacked once into an .npy file that is mapped into memory.
 
-    files: what the images are read from. A checksum of their names, sizes and times of change is in
-    the .npy file's name, so a change makes a new one. shape: (n, 64, 64, 3) or grey (n, 64, 64).
-    blocks: yields the bytes in order.
+    files: the sources; a checksum of their names, sizes and times is in the .npy file's name.
+    shape: (n, 64, 64, 3) or grey (n, 64, 64). blocks: yields the bytes in order.
     """
 
     def __init__(self, path, cache, files, shape, blocks):
         facts = []
         for source in files:
-            stat = os.stat(source)
-            name = os.path.relpath(source, path.parent)
-            facts.append((name, stat.st_size, stat.st_mtime_ns))
+            stat = source.stat()
+            facts.append((source.name, stat.st_size, stat.st_mtime_ns))
         state = f"{zlib.crc32(repr(facts).encode()):08x}"
         super().__init__(path.name, {"file": path.name, "state": state})
-        folder = Path(cache).expanduser() if cache else path.parent
+        folder = Path(cache or path.parent).expanduser()
         file = folder / f"{path.name}.{state}.cache.npy"
         if not file.exists():
             unpack(file, shape, blocks)
@@ -166,8 +147,6 @@ class CachedDataset(Dataset):
 def unpack(file, shape, blocks):
     """Writes blocks of bytes, in all uint8 of this shape, as an .npy file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"cannot write into {file.parent}: name another folder by --cache")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     bar = tqdm(desc=f"unpacking {file.name}", total=math.prod(shape), unit="B", unit_scale=True)
     with bar, atomic(file) as temporary, open(temporary, "wb") as output:
@@ -187,27 +166,23 @@ GRIDS = (  # name (else the file's), factors, sizes
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ATTRIBUTE_LIST = "list_attr_celeba.txt"
-ROWS = 1000  # images read at a time
 
 
-def open_arrays(path, opener, reader, cache):
-    """The data set in a file of images and labels (n, K); without labels n tells the factors."""
-    with opener(path) as file:
-        keys = [key for key in ("images", "imgs") if key in file]
-        labels = np.empty((1, 0))
-        for key in ("labels", "latents_classes", "latents/classes"):
-            if key in file:
-                labels = file[key][:]  # (n, K)
-        if not keys:
-            raise InputError(f"{path} has no `images` or `imgs` but {', '.join(file)}")
-        shape, dtype, blocks = reader(file, keys[0])
-        if shape[1:] not in ((SIDE, SIDE, 3), (SIDE, SIDE)) or dtype != np.uint8:
-            raise InputError(f"{path} needs images of uint8 (n, 64, 64, 3) or (n, 64, 64), but has "
-                             f"{shape} {dtype}")
-        title, names, sizes = find_factors(path, shape[0], labels)
-        ds = CachedDataset(path, cache, [path], shape, blocks)
-        if getattr(file, "attrs", {}).get("source") == SOURCE:  # only HDF5 has it
-            title = "built-in world"
+def open_arrays(path, cache, file, read):
+    """The data set in an open file, whose images `read` reads."""
+    images = "imgs" if "imgs" in file else "images"
+    if images not in file:
+        raise InputError(f"{path} has no `images` or `imgs` but {', '.join(file)}")
+    shape, dtype, blocks = read(file, images)
+    if shape[1:] not in ((SIDE, SIDE, 3), (SIDE, SIDE)) or dtype != np.uint8:
+        raise InputError(f"{path} needs images of uint8 (n, 64, 64, 3) or (n, 64, 64), not of "
+                         f"{dtype} {shape}")
+    labels = np.empty((0, 0))
+    for key in ("labels", "latents_classes", "latents/classes"):
+        if key in file:
+            labels = file[key][:]  # (n, K)
+    title, names, sizes = find_factors(path, shape[0], labels)
+    ds = CachedDataset(path, cache, [path], shape, blocks)
     ds.name = title or path.name
     ds.factor_names = names
     ds.factor_sizes = sizes
@@ -215,130 +190,92 @@ def open_arrays(path, opener, reader, cache):
 
 
 def read_hdf5(file, key):
-    """Returns shape and dtype of the images, and blocks of them, read when they are asked for."""
+    """Shape and dtype of the images, and blocks of them, read when they are asked for."""
     images = file[key]
-    rows = images.chunks[0] if images.chunks else ROWS  # each chunk is decompressed once
+    rows = images.chunks[0] if images.chunks else 1000  # each chunk is decompressed once
     blocks = (images[i:i + rows] for i in range(0, len(images), rows))
     return images.shape, images.dtype, blocks
 
 
 def read_npz(file, key):
-    """The same of an .npz; pickled arrays in it are not touched."""
+    """The same for an .npz, image by image."""
     stream = file.zip.open(f"{key}.npy")
     np.lib.format.read_magic(stream)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    size = math.prod(shape[1:])
-    blocks = (stream.read(size) for _ in range(shape[0]))
+    blocks = (stream.read(math.prod(shape[1:])) for _ in range(shape[0]))
     return shape, "Fortran order" if fortran else dtype, blocks
 
 
 def find_factors(path, n, labels):
     """Title, names and sizes of the factors: from labels (n, K) or, if they are empty, from n."""
     columns, sizes = [], ()
-    for column in labels.reshape(len(labels), -1).T:
+    for column in labels.T:
         values, classes = np.unique(column, return_inverse=True)
-        if len(values) > 1:
+        if len(values) > 1:  # dSprites has one colour
             columns.append(classes)  # (n,)
             sizes += (len(values),)
     found = "", tuple(f"factor_{k}" for k in range(len(sizes))), sizes
     for grid in GRIDS:
-        if grid[2] == sizes or (not sizes and math.prod(grid[2]) == n):
+        if sizes in ((), grid[2]) and math.prod(grid[2]) == n:
             found = grid
-    whole = math.prod(found[2]) == n
-    if whole and sizes:
-        whole = np.array_equal(np.ravel_multi_index(columns, sizes), np.arange(n))
-    if not whole:
+    complete = math.prod(found[2]) == n
+    if complete and sizes:
+        complete = np.array_equal(np.ravel_multi_index(columns, sizes), np.arange(n))
+    if not complete:
         raise InputError(f"{path} has {n} images and labels of {sizes} values: `labels` (n, K) must"
                          " list all combinations in order, the last varying fastest; images without"
-                         " factors go into a folder as PNG or JPEG")
+                         " labels go into a folder")
     return found
 
 
 def open_folder(path, cache):
-    """A folder of images, or CelebA if its list of attributes is inside, beside or above it."""
-    files = image_files(path)
-    for place in (path, path.parent, path.parent.parent):
-        if (place / ATTRIBUTE_LIST).is_file():
-            return open_celeba(path, cache, files, place / ATTRIBUTE_LIST)
-    blocks = folder_blocks(path, files, SIDE)
-    return CachedDataset(path, cache, files, (len(files), SIDE, SIDE, 3), blocks)
+    """A folder of images, also in subfolders; CelebA if its list of attributes is in or beside it.
 
-
-def open_celeba(path, cache, files, attribute_list):
-    """The images in the list: a count, A names, lines of a file (any suffix) and A times 1 or -1.
-
-    As by the authors of TAD, images are resized to 96 and the centre is cropped.
+    CelebA's images are resized to 96, then cropped to 64, as by the authors of TAD.
     """
-    _, names, *lines = [*attribute_list.read_text("utf-8").split("\n"), ""]
-    names = tuple(names.split())
-    attributes = {}
-    for line in filter(str.strip, lines):
-        file, *values = line.split()
-        if len(values) != len(names) or not set(values) <= {"1", "-1"}:
-            raise InputError(f"{attribute_list} needs {len(names)} values of 1 or -1 in each line: "
-                             f"mend or delete the one of {file}")
-        attributes[Path(file).stem] = [int(value == "1") for value in values]
-    used = [file for file in files if Path(file).stem in attributes]
-    if len(used) < len(files):
-        print(f"{path}: {len(used)} of {len(files)} images are used, the others are not in "
-              f"{ATTRIBUTE_LIST}", file=sys.stderr)
-    blocks = folder_blocks(path, used, side=96)
-    shape = (len(used), SIDE, SIDE, 3)
-    ds = CachedDataset(path, cache, [*used, attribute_list], shape, blocks)
-    ds.name = "CelebA"
-    ds.attribute_names = names
-    ds.attributes = np.array([attributes[Path(file).stem] for file in used])  # (len, A)
+    names = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # without hidden ones
+    files = [path / name for name in names if name.lower().endswith(SUFFIXES)]
+    lists = [*path.glob(ATTRIBUTE_LIST), *path.parent.glob(ATTRIBUTE_LIST)]
+    side = SIDE
+    if lists:
+        side = 96
+        attribute_names, attributes = read_attributes(lists[0])
+        found = len(files)
+        files = [file for file in files if file.stem in attributes]
+        print(f"{path}: {len(files)} of {found} images are in {lists[0].name}")
+    if not files:
+        raise InputError(f"{path} has no JPEG, PNG or WebP image (CelebA: none of its list)")
+    shape = (len(files), SIDE, SIDE, 3)
+    blocks = (load_image(file, side) for file in files)
+    ds = CachedDataset(path, cache, files + lists, shape, blocks)
+    if lists:
+        ds.name = "CelebA"
+        ds.attribute_names = attribute_names
+        ds.attributes = np.array([attributes[file.stem] for file in files])  # (len, A)
     return ds
 
 
-def image_files(folder: Path) -> list:
-    """The image files in a folder, however deep, by name; links are followed.
+def read_attributes(file):
+    """From CelebA's list, a count, A names, and lines of an image file and A times 1 or -1.
 
-    Left out are hidden files and folders, thumbnails (@eaDir), and the run folders of train.py.
+    Returns the names and a dictionary from a file's name, without suffix, to A times 0 or 1.
     """
-    def refuse(error):
-        raise error
-
-    files, visited = [], set()
-    for here, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(here)
-        if real in visited or "run.json" in names:  # links may go round in circles
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = [s for s in sorted(subfolders) if not s.startswith((".", "@eaDir"))]
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                files.append(os.path.join(here, name))
-    return sorted(files)
+    _, names, *lines = [*file.read_text("utf-8").split("\n"), ""]
+    names = tuple(names.split())
+    attributes = {}
+    for line in lines:
+        words = line.split()
+        if len(words) == 1 + len(names):  # a line may be cut short
+            attributes[Path(words[0]).stem] = [int(word == "1") for word in words[1:]]
+    return names, attributes
 
 
-def folder_blocks(path, files, side):
-    """Yields images (64, 64, 3)."""
-    if not files:
-        raise InputError(f"{path} has no JPEG, PNG or WebP image (of CelebA: none that is in "
-                         f"{ATTRIBUTE_LIST})")
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), ROWS):
-            part = files[start:start + ROWS]
-            yield from pool.map(load_image, part, [side] * len(part))
-
-
-def load_image(file: str, side: int) -> np.ndarray:
-    """An image file as uint8 (64, 64, 3). InputError if it cannot be read.
-
-    Turned as its EXIF entry says, 16-bit grey scaled, on white where it is transparent; its
-    shorter side is resized to `side`, the centre cropped.
-    """
+def load_image(file, side):
+    """Resizes the shorter side to `side` and crops the centre: uint8 (64, 64, 3)."""
     try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        image = Image.open(file).convert("RGB")
+    except (OSError, SyntaxError) as error:
         raise InputError(f"{file} is no readable image, remove it ({error})") from error
-    if image.mode.startswith("I"):  # 0..65535
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     width = side * image.width // min(image.size)
     height = side * image.height // min(image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -349,24 +286,22 @@ def load_image(file: str, side: int) -> np.ndarray:
 
 # ---- 3. The built-in world ----
 # A room with sky, three walls, a floor, and an object with its shadow, by ray casting. Fitted to 13
-# images of DeepMind's 3D Shapes by least squares; lengths came out within 0.4 % of these numbers.
+# images of 3D Shapes (Burgess and Kim 2018): the same factors, other images, other scores.
 # x points right, y away from the camera at orientation 0, z up; the object stands at (0, 0, 0).
 # G: geometries (scale x shape x orientation, 480). R: rays (H*SAMPLES * W*SAMPLES).
 
-SOURCE = "rendered by this EncDiff implementation's data.py; not DeepMind's 3D Shapes"
-HUES = np.arange(10) / 10
 SCALES = np.linspace(0.75, 1.25, 8)
 ORIENTATIONS = np.linspace(-30, 30, 15)  # degrees
 SAMPLES = 3           # along a pixel's side
 UP = np.array([[0], [0], [1]])
-CAMERA = np.array([[0.0], [-10.0], [3.0]])  # its position; it looks horizontally
+CAMERA = np.array([[0.0], [-10.0], [3.0]])  # it looks horizontally
 FIELD_OF_VIEW = 50.0  # degrees
 ROOM = 14.0           # from the room's axis to each wall
 WALL_HEIGHT = 8.0
 RADIUS = (1.4, 1.5, 1.7, 1.3)  # of cube (half its side), cylinder, sphere, capsule at scale 1
-LAMP = np.array([[-5.8], [1.8], [30.0]])  # its position; it shines straight down
+LAMP = np.array([[-5.8], [1.8], [30.0]])  # it shines straight down
 BEAM = 10.0           # how narrowly: the exponent of a cosine
-LAMPLIGHT = 0.95      # brightness straight below it; 1 shows a surface's own colour
+LAMPLIGHT = 0.95      # brightness straight below it; 1 is a surface's own colour
 AMBIENT = 0.343       # brightness everywhere
 HEADLIGHT = 0.593     # brightness of what faces the camera
 HIGHLIGHT = 0.115     # white, where the object faces the lamp
@@ -377,23 +312,22 @@ SKY = (0.600, 0.886, 0.976)  # red, green, blue
 # distance in units of d (R,), infinite for a miss, and the outward normal (3, R).
 
 def nearest(a, b):
-    """The nearer one of two hits (distance, normal)."""
+    """The nearer of two hits (distance, normal)."""
     nearer = b[0] < a[0]
     return np.where(nearer, b[0], a[0]), np.where(nearer, b[1], a[1])
 
 
 def hit_cube(o, d, half):
     """The last entry into its three slabs, if before the first exit."""
-    enter = (-np.sign(d) * half - o) / d  # (3, R)
-    leave = (np.sign(d) * half - o) / d   # (3, R)
+    sign = np.sign(d)
+    enter = (-sign * half - o) / d  # (3, R)
+    leave = (sign * half - o) / d   # (3, R)
     distance = enter.max(0)
     hit = (distance > 0) & (distance < leave.min(0))
-    return np.where(hit, distance, np.inf), -np.sign(d) * (enter == distance)
+    return np.where(hit, distance, np.inf), -sign * (enter == distance)
 
 
-def hit_sphere(o, d, radius, z=0.0):
-    """A sphere with its centre at height z."""
-    o = o - z * UP
+def hit_sphere(o, d, radius):
     a = (d * d).sum(0)  # a x^2 + 2 b x + c = 0
     b = (o * d).sum(0)
     c = (o * o).sum(0) - radius ** 2
@@ -402,39 +336,36 @@ def hit_sphere(o, d, radius, z=0.0):
     return np.where(distance > 0, distance, np.inf), normal
 
 
-def hit_side(o, d, radius, half):
-    """The side of an upright cylinder: a circle from above, cut at heights -half and half."""
+def hit_cylinder(o, d, radius, half):
+    """Upright: a circle from above, between heights -half and half; then its flat top."""
     flat = 1 - UP
-    distance, normal = hit_sphere(o * flat, d * flat, radius)
-    height = o[2] + distance * d[2]
-    return np.where(np.abs(height) <= half, distance, np.inf), normal
-
-
-def hit_top(o, d, radius, half):
-    """The flat top of an upright cylinder."""
-    distance = (half - o[2]) / d[2]
-    x, y, _ = o + distance * d
-    hit = (distance > 0) & (x * x + y * y < radius ** 2)
-    return np.where(hit, distance, np.inf), UP
+    side, normal = hit_sphere(o * flat, d * flat, radius)
+    height = o[2] + side * d[2]
+    side = np.where(np.abs(height) <= half, side, np.inf)
+    top = (half - o[2]) / d[2]
+    x, y, _ = o + top * d
+    hit = (top > 0) & (x * x + y * y < radius ** 2)
+    return nearest((side, normal), (np.where(hit, top, np.inf), UP))
 
 
 def hit_object(scale, shape, o, d):
-    """The object, which stands on the floor; o in room coordinates."""
+    """The object, which stands on the floor."""
     radius = scale * RADIUS[shape]
     half = 2 * radius if shape == 3 else radius  # half the height
     o = o - half * UP
     if shape == 0:
         return hit_cube(o, d, half)
     if shape == 1:
-        return nearest(hit_side(o, d, radius, half), hit_top(o, d, radius, half))
+        return hit_cylinder(o, d, radius, half)
     if shape == 2:
         return hit_sphere(o, d, radius)
-    ends = nearest(hit_sphere(o, d, radius, radius), hit_sphere(o, d, radius, -radius))
-    return nearest(hit_side(o, d, radius, radius), ends)
+    top = hit_sphere(o - radius * UP, d, radius)
+    bottom = hit_sphere(o + radius * UP, d, radius)
+    return nearest(hit_cylinder(o, d, radius, radius), nearest(top, bottom))
 
 
 def camera(degrees):
-    """Turned round the room's axis: position (3, 1), view (3, 1), directions of rays (3, R)."""
+    """Turned round the z axis: position (3, 1), view (3, 1), directions of rays (3, R)."""
     u = (np.arange(SIDE * SAMPLES) + 0.5) / (SIDE * SAMPLES) * 2 - 1
     x, z = np.meshgrid(u, -u)                          # right and up
     focal = 1 / np.tan(np.radians(FIELD_OF_VIEW / 2))  # 1 is half the image's side
@@ -446,10 +377,7 @@ def camera(degrees):
 
 
 def light(point, normal, view):
-    """Brightness without the lamp (R,), and what the lamp adds (R,), at points (3, R).
-
-    normal: (3, 1) or (3, R). view: (3, 1), where the camera looks.
-    """
+    """Brightness without the lamp (R,), and what the lamp adds (R,), at points (3, R)."""
     to_lamp = LAMP - point  # (3, R)
     to_lamp = to_lamp / np.sqrt((to_lamp ** 2).sum(0))
     lamp = np.maximum((normal * to_lamp).sum(0), 0) * to_lamp[2] ** BEAM
@@ -460,7 +388,7 @@ def light(point, normal, view):
 def cast_room(o, view, d):
     """The empty room: weights (5, R) of the colours of floor, wall, object, sky and white.
 
-    Also where rays meet the last plane, the floor (3, R), and what the lamp adds there (R,).
+    Also where rays meet the floor (3, R), and what the lamp adds there (R,).
     """
     weights = np.zeros((5, d.shape[1]))
     weights[3] = 1  # sky
@@ -469,7 +397,7 @@ def cast_room(o, view, d):
         (1, 1, ROOM, -1),  # back wall
         (1, 0, -ROOM, 1),  # left wall
         (1, 0, ROOM, -1),  # right wall
-        (0, 2, 0, 1),      # floor
+        (0, 2, 0, 1),      # floor, the last
     )
     for surface, axis, offset, inward in planes:
         distance = (offset - o[axis]) / d[axis]
@@ -484,7 +412,7 @@ def cast_room(o, view, d):
 
 
 def render(scale, shape, eye, room):
-    """One geometry: weights (5, H*W). eye, room: what `camera` and `cast_room` return."""
+    """One geometry: weights (5, H*W). eye, room: from `camera` and `cast_room`."""
     o, view, d = eye
     weights, point, lamp = room
     weights = weights.copy()
@@ -515,7 +443,7 @@ class World(Dataset):
                 for i, shape in np.ndindex(8, 4):
                     weights[i, shape, k] = render(SCALES[i], shape, eye, room)
         self.weights = torch.from_numpy(weights).flatten(0, 2)  # (G, 5, H*W)
-        hues = [colorsys.hsv_to_rgb(hue, 1, 1) for hue in HUES.tolist()]
+        hues = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
         self.hues = torch.tensor(hues)                   # (10, 3)
         self.sky_white = torch.tensor([SKY, (1, 1, 1)])  # (2, 3)
 
@@ -527,31 +455,3 @@ class World(Dataset):
         images = 255 * colours.mT @ weights             # (B, 3, H*W)
         images = images.clamp_(max=255).round_().to(torch.uint8)
         return images.view(-1, 3, SIDE, SIDE).permute(0, 2, 3, 1).numpy()
-
-
-def write_world(path: str | Path) -> None:
-    """Writes the built-in world as DeepMind's file: HDF5 with `images` and `labels`. InputError."""
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path} exists: name another file, or delete it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    world = World()
-    n = len(world)
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs["source"] = SOURCE
-        images = file.create_dataset("images", (n, 64, 64, 3), np.uint8, chunks=(240, 64, 64, 3),
-                                     compression=1)  # gzip, fast
-        for i in tqdm(range(0, n, 240), desc=f"writing {path.name}"):
-            images[i:i + 240] = world.pixels(np.arange(i, i + 240))
-        values = (HUES, HUES, HUES, SCALES, np.arange(4.0), ORIENTATIONS)
-        factors = world.factors(range(n)).numpy().T  # (6, n)
-        file["labels"] = np.stack([v[f] for v, f in zip(values, factors)], axis=1)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("file", help="the HDF5 file to write the built-in world to")
-    try:
-        write_world(parser.parse_args().file)
-    except InputError as error:
-        parser.error(str(error))

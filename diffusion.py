@@ -1,10 +1,8 @@
 """The diffusion half of EncDiff: noise schedules, the forward process and two samplers.
 
-Implements DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and the cosine schedule (Nichol and
-Dhariwal 2021) as latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them.
-Nothing here knows about tokens or networks: where a network is needed, the caller passes a function
-`denoise(x_t, t) -> eps`, for example `lambda x_t, t: unet(x_t, t, tokens)`. The training loss is
-written out in train.py. Left out: learned variances and other targets than eps.
+DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and the cosine schedule (Nichol and Dhariwal 2021) as
+latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. The network comes as a
+function `denoise(x_t, t) -> eps`, for example `lambda x_t, t: unet(x_t, t, tokens)`.
 
 Exports: SCHEDULES, beta_schedule, Diffusion.
 
@@ -27,8 +25,8 @@ def beta_schedule(name: str, steps: int = 1000) -> Tensor:
 
     name: "linear" (linear in sqrt(beta), the name that latent diffusion's code gives it),
     "sqrt_linear" (linear in beta), "sqrt" (square root of the latter) or "cosine" (Nichol and
-    Dhariwal 2021, equation 17). The first three are made for T = 1000: beta is not rescaled for
-    another T, so with few steps x_T still shows x_0, and the samplers refuse to start from noise.
+    Dhariwal 2021, equation 17). The first three are made for T = 1000: with few steps x_T still
+    shows x_0.
     """
     first, last = 0.0015, 0.0155
     if name == "linear":
@@ -38,7 +36,7 @@ def beta_schedule(name: str, steps: int = 1000) -> Tensor:
     if name == "sqrt":
         return torch.linspace(first, last, steps, dtype=torch.float64) ** 0.5
     if name == "cosine":
-        s = 0.008                                       # keeps beta_0 away from zero
+        s = 0.008  # keeps beta_0 away from zero
         u = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2  # abar_t = f(t) / f(0)
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -48,26 +46,29 @@ def beta_schedule(name: str, steps: int = 1000) -> Tensor:
 class Diffusion(nn.Module):
     """The forward process and the samplers of one noise schedule.
 
-    A module only so that its tables move with .to(device). They are computed in float64, kept in
-    float32 and left out of checkpoints, because `name` and `steps` rebuild them.
+    A module so that its tables move with .to(device); they are computed in float64, kept in float32
+    and left out of checkpoints.
+
+    In all methods: x_0, x_t, x_T, eps (predicted, or N(0, I)) and noise (N(0, I)) are (B, C, H, W);
+    t is (B,) int64 in 0..T-1.
     """
 
     def __init__(self, name: str = "linear", steps: int = 1000):
         super().__init__()
-        self.steps = steps                              # T
+        self.steps = steps  # T
         beta = beta_schedule(name, steps)
         alpha = 1 - beta
         abar = alpha.cumprod(0)
         abar_prev = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
         tables = {
             # q(x_t | x_0), DDPM equation 4
-            "abar": abar,                               # \bar\alpha_t
-            "sqrt_abar": abar.sqrt(),                   # \sqrt{\bar\alpha_t}
-            "sqrt_1m_abar": (1 - abar).sqrt(),          # \sqrt{1 - \bar\alpha_t}
+            "abar": abar,                       # \bar\alpha_t
+            "sqrt_abar": abar.sqrt(),           # \sqrt{\bar\alpha_t}
+            "sqrt_1m_abar": (1 - abar).sqrt(),  # \sqrt{1 - \bar\alpha_t}
             # q(x_{t-1} | x_t, x_0), DDPM equation 7
-            "mean_x0": abar_prev.sqrt() * beta / (1 - abar),  # x_0's share of \tilde\mu_t
+            "mean_x0": abar_prev.sqrt() * beta / (1 - abar),         # x_0's share of \tilde\mu_t
             "mean_xt": alpha.sqrt() * (1 - abar_prev) / (1 - abar),  # x_t's share of \tilde\mu_t
-            "variance": beta * (1 - abar_prev) / (1 - abar),  # \tilde\beta_t
+            "variance": beta * (1 - abar_prev) / (1 - abar),         # \tilde\beta_t
         }
         for symbol, table in tables.items():
             self.register_buffer(symbol, table.float(), persistent=False)
@@ -75,50 +76,37 @@ class Diffusion(nn.Module):
     # ---- forward process ----
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """A draw of q(x_t | x_0) with the given noise (DDPM equation 4).
-
-        x_0: (B, C, H, W); t: (B,) int64 in 0..T-1; eps: like x_0, standard normal. Returns x_t.
-        """
+        """x_t, a draw of q(x_t | x_0) with the given noise eps (DDPM equation 4)."""
         signal = extract(self.sqrt_abar, t, x_0) * x_0
         noise = extract(self.sqrt_1m_abar, t, x_0) * eps
         return (signal + noise).to(x_0.dtype)
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """q_sample solved for x_0: the clean latent that a noise prediction implies.
-
-        x_t, eps: (B, C, H, W); t: (B,) int64 in 0..T-1. Returns x_0.
-        """
+        """q_sample solved for x_0: the clean latent that a noise prediction implies."""
         noise = extract(self.sqrt_1m_abar, t, x_t) * eps
         x_0 = (x_t - noise) / extract(self.sqrt_abar, t, x_t)
         return x_0.to(x_t.dtype)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM equation 7).
-
-        x_0, x_t: (B, C, H, W); t: (B,) int64 in 0..T-1.
-        """
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
         mean = extract(self.mean_x0, t, x_t) * x_0 + extract(self.mean_xt, t, x_t) * x_t
         return mean, extract(self.variance, t, x_t)
 
     def kl_to_noise(self, mean_square: float = 1.0) -> Tensor:
         """KL(q(x_t | x_0) || N(0, I)) per dimension, (T,): the width of EncDiff's bottleneck.
 
-        Closed form for two Gaussians. mean_square: E[x_0^2] of the latents, 1 for ours. The
-        paper's figure fits twice this with 67.6 (by its values at t = 0 and the curves' shape); its
-        caption names the posterior q(x_{t-1} | x_t, x_0), which does not fit.
+        mean_square: E[x_0^2] of the latents, 1 for ours. The paper's figure fits twice this with
+        67.6 (values at t = 0 and shape); the posterior that its caption names does not fit.
         """
         return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
 
     # ---- samplers: x_T -> x_0, both are loops over one step ----
 
     def ddpm_step(self, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
-        r"""x_{t-1} from x_t (DDPM algorithm 2, sigma_t^2 = \tilde\beta_t): the posterior's draw.
-
-        x_t, eps (predicted), noise (standard normal): (B, C, H, W); t: (B,) int64 in 0..T-1.
-        """
+        r"""x_{t-1} from x_t (DDPM algorithm 2, sigma_t^2 = \tilde\beta_t): the posterior's draw."""
         x_0 = self.predict_x0(x_t, t, eps)
         mean, variance = self.posterior(x_0, x_t, t)
-        x_prev = mean + variance.sqrt() * noise         # the variance is 0 at t = 0
+        x_prev = mean + variance.sqrt() * noise  # the variance is 0 at t = 0
         return x_prev.to(x_t.dtype)
 
     def ddim_step(
@@ -126,10 +114,10 @@ class Diffusion(nn.Module):
     ) -> Tensor:
         """x at the lower noise level t_next from x_t (DDIM equation 12; sigma, equation 16).
 
-        x_t, eps (predicted), noise: (B, C, H, W); t, t_next: (B,) int64, t_next < t, -1 is clean.
-        eta: 0 adds no noise, 1 has DDPM's variance. DDIM's paper writes alpha_t for our abar_t.
+        t_next: (B,) int64, t_next < t, -1 is clean. eta: 0 adds no noise, 1 has DDPM's variance.
+        DDIM's paper writes alpha_t for our abar_t.
         """
-        abar = extract(self.abar, t, x_t)               # (B, 1, 1, 1)
+        abar = extract(self.abar, t, x_t)  # (B, 1, 1, 1)
         abar_next = extract(self.abar, t_next.clamp(min=0), x_t)
         abar_next = torch.where(t_next.view_as(abar) < 0, 1.0, abar_next)
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
@@ -140,11 +128,10 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def ddpm_sample(self, denoise: Callable, x_T: Tensor) -> Tensor:
-        """All T steps of DDPM's algorithm 2. x_T: (B, C, H, W) standard normal. Returns x_0."""
-        self.check_noise()
+        """All T steps of DDPM's algorithm 2, from x_T ~ N(0, I) to x_0."""
         x_t = x_T
         for step in reversed(range(self.steps)):
-            t = torch.full((len(x_t),), step, device=x_t.device)  # (B,)
+            t = torch.full((len(x_t),), step, device=x_t.device)
             noise = torch.randn_like(x_t)
             x_t = self.ddpm_step(x_t, t, denoise(x_t, t), noise)
         return x_t
@@ -153,35 +140,25 @@ class Diffusion(nn.Module):
     def ddim_sample(
         self,
         denoise: Callable,
-        x_T: Tensor,                    # (B, C, H, W), standard normal
-        steps: int = 50,                # 10..T
-        eta: float = 0.0,               # 0 (deterministic) .. 1 (over all T: the same as DDPM)
+        x_T: Tensor,       # N(0, I)
+        steps: int = 50,   # 10..T; fewer would start far below T
+        eta: float = 0.0,  # 0 (deterministic) .. 1 (over all T: the same as DDPM)
     ) -> Tensor:
-        """DDIM over `steps` evenly spaced noise levels t = 0, T / steps, .. Returns x_0, like x_T.
+        """DDIM over `steps` evenly spaced noise levels t = 0, T / steps, .. Returns x_0.
 
-        DEVIATION: latent diffusion's levels are higher by one. Below T steps the highest level,
-        about T - T / steps, avoids the last, where cosine's abar is too small to tell x_0 from
-        eps; under 10 steps it would be far below T, so that is refused.
+        DEVIATION: latent diffusion's levels are higher by one; below T steps ours avoid the last,
+        where cosine's abar is too small to tell x_0 from eps.
         """
         if not 10 <= steps <= self.steps:
             raise ValueError(f"DDIM takes 10 to {self.steps} steps of this schedule, not {steps}")
-        self.check_noise()
         levels = [i * self.steps // steps for i in range(steps)]
         x_t = x_T
         for i in reversed(range(steps)):
-            t = torch.full((len(x_t),), levels[i], device=x_t.device)  # (B,)
-            t_next = torch.full_like(t, levels[i - 1] if i > 0 else -1)  # (B,)
+            t = torch.full((len(x_t),), levels[i], device=x_t.device)
+            t_next = torch.full_like(t, levels[i - 1] if i > 0 else -1)
             noise = torch.randn_like(x_t)
             x_t = self.ddim_step(x_t, t, t_next, denoise(x_t, t), noise, eta)
         return x_t
-
-    def check_noise(self):
-        """ValueError when q(x_T | x_0) is far from N(0, I): sampling from noise would be biased."""
-        if self.abar[-1] > 0.01:
-            raise ValueError(
-                f"this schedule's {self.steps} steps leave abar_T = {self.abar[-1]:.2f}: x_T is "
-                "not noise, so nothing can be sampled from it; use more steps or cosine"
-            )
 
 
 def extract(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
 """The concept-token encoder of EncDiff: an image becomes N tokens S = {s_1 .. s_N}.
 
-Implements the encoder of the paper's method section in its two forms, scalar tokens (the default: N
-numbers, each turned into a token by its own small MLP) and vector tokens (the trunk gives N * D
-numbers at once), and as a third kind slot attention (Locatello et al. 2020, algorithm 1), which the
-paper does not use. All three share the trunk of convolutions. With the defaults, those of the
-authors' code for Shapes3D (N = 20, D = 16), it has 1.37 M parameters. No loss of their own acts on
-the tokens: the noise-prediction loss reaches them through the U-Net.
+The encoder of the paper's method section: a trunk of convolutions, then scalar or vector tokens;
+and slot attention (Locatello et al. 2020), which the paper does not use. With the defaults, the
+authors' for Shapes3D, it has 1.37 M parameters. Noise prediction, through the U-Net, trains it.
 
 Exports: ENCODERS, ConceptEncoder.
 
@@ -38,20 +35,19 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns (B, C, H, W)."""
         return h + self.branch(h)
 
 
 def build_trunk(width: int, strides: tuple[int, ...]) -> nn.Sequential:
     """(B, 3, 64, 64) -> (B, width, H, W): 4x4 convolutions, then two residual blocks.
 
-    DEVIATION: the paper has a ReLU after every convolution; the official code has none after the
-    last but one (openaimodel_enc.py, lines 1003-1005, `Encoder4`), and so does ours.
+    DEVIATION: no ReLU after the last convolution but one, as in the official code (`Encoder4`,
+    openaimodel_enc.py, lines 1003-1005); the paper has one after each.
     """
     layers = []
     c = 3
     for i, stride in enumerate(strides):
-        padding = 1 if stride == 2 else 0               # each convolution divides H and W by stride
+        padding = 1 if stride == 2 else 0  # each convolution divides H and W by stride
         layers.append(nn.Conv2d(c, width, 4, stride, padding))
         layers.append(nn.BatchNorm2d(width))
         if i != len(strides) - 2:
@@ -61,7 +57,7 @@ def build_trunk(width: int, strides: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-# ---- heads: feature map -> tokens ----
+# ---- heads: feature map (B, C, H, W) -> tokens (B, N, D) ----
 
 class ScalarTokens(nn.Module):
     """N scalars, then for each its own MLP 1 -> 64 -> 128 -> D with ELU: the paper's default."""
@@ -76,29 +72,28 @@ class ScalarTokens(nn.Module):
     @staticmethod
     def layer(n_tokens: int, inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
         """N linear layers side by side: weight (N, inputs, outputs) and bias (N, 1, outputs)."""
-        bound = 1 / math.sqrt(inputs)                   # as in nn.Linear
+        bound = 1 / math.sqrt(inputs)  # as in nn.Linear
         weight = torch.empty(n_tokens, inputs, outputs).uniform_(-bound, bound)
         bias = torch.empty(n_tokens, 1, outputs).uniform_(-bound, bound)
         return nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns tokens (B, N, D)."""
-        return self.tokens_of(self.scalars(h))          # (B, N, D)
+        return self.tokens_of(self.scalars(h))
 
     def scalars(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns the N numbers (B, N)."""
-        return self.to_scalars(h.flatten(1))            # (B, N)
+        """The N numbers, (B, N)."""
+        return self.to_scalars(h.flatten(1))
 
     def tokens_of(self, scalars: Tensor) -> Tensor:
         """scalars: (B, N), any real numbers. Returns tokens (B, N, D).
 
         The same, slowly: torch.stack([mlp_n(scalars[:, n:n+1]) for n in range(N)], dim=1)
         """
-        x = scalars.t()[:, :, None]                     # (N, B, 1)
+        x = scalars.t()[:, :, None]                              # (N, B, 1)
         x = F.elu(torch.baddbmm(self.bias_1, x, self.weight_1))  # (N, B, 64)
         x = F.elu(torch.baddbmm(self.bias_2, x, self.weight_2))  # (N, B, 128)
-        x = torch.baddbmm(self.bias_3, x, self.weight_3)  # (N, B, D)
-        return x.transpose(0, 1)                        # (B, N, D)
+        x = torch.baddbmm(self.bias_3, x, self.weight_3)         # (N, B, D)
+        return x.transpose(0, 1)
 
 
 class VectorTokens(nn.Module):
@@ -110,22 +105,21 @@ class VectorTokens(nn.Module):
         self.to_vectors = nn.Linear(features, n_tokens * token_dim)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns tokens (B, N, D)."""
-        vectors = self.to_vectors(h.flatten(1))         # (B, N*D)
-        return vectors.unflatten(1, (self.n_tokens, -1))  # (B, N, D)
+        vectors = self.to_vectors(h.flatten(1))  # (B, N*D)
+        return vectors.unflatten(1, (self.n_tokens, -1))
 
 
 class SlotTokens(nn.Module):
     """Slot attention (Locatello et al. 2020, algorithm 1): N slots compete for the positions.
 
-    DEVIATION: every slot starts from a learned vector of its own, not from a common random draw, so
-    that slot n means the same in every image; the position embedding is a learned table.
+    DEVIATION: every slot starts from a learned vector of its own, not from a random draw, so that
+    slot n means the same in every image; the position embedding is a learned table.
     """
 
     def __init__(self, width: int, positions: int, n_tokens: int, token_dim: int):
         super().__init__()
         self.position = nn.Parameter(torch.randn(positions, width) * 0.02)  # (L, C)
-        self.slots_init = nn.Parameter(torch.randn(n_tokens, width))  # (N, C)
+        self.slots_init = nn.Parameter(torch.randn(n_tokens, width))        # (N, C)
         self.norm_inputs = nn.LayerNorm(width)
         self.norm_slots = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, width, bias=False)
@@ -139,34 +133,33 @@ class SlotTokens(nn.Module):
         self.to_tokens = nn.Linear(width, token_dim)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h: (B, C, H, W). Returns tokens (B, N, D)."""
-        inputs = h.flatten(2).transpose(1, 2) + self.position  # (B, L, C)
-        inputs = self.norm_inputs(inputs)
-        k = self.to_k(inputs) / math.sqrt(inputs.shape[-1])  # (B, L, C)
-        v = self.to_v(inputs)                           # (B, L, C)
+        inputs = h.flatten(2).transpose(1, 2)           # (B, L, C)
+        inputs = self.norm_inputs(inputs + self.position)
+        k = self.to_k(inputs) / math.sqrt(inputs.shape[-1])
+        v = self.to_v(inputs)
         slots = self.slots_init.expand(len(h), -1, -1)  # (B, N, C)
         for _ in range(3):
-            q = self.to_q(self.norm_slots(slots))       # (B, N, C)
+            q = self.to_q(self.norm_slots(slots))
             attn = (k @ q.transpose(1, 2)).softmax(dim=-1) + 1e-8  # (B, L, N), over the slots
-            weights = attn / attn.sum(dim=1, keepdim=True)  # sum to 1 over positions
-            updates = weights.transpose(1, 2) @ v       # (B, N, C)
+            weights = attn / attn.sum(dim=1, keepdim=True)         # sum to 1 over positions
+            updates = weights.transpose(1, 2) @ v                  # (B, N, C)
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(updates)
-            slots = slots + self.mlp(self.norm_mlp(slots))  # (B, N, C)
-        return self.to_tokens(slots)                    # (B, N, D)
+            slots = slots + self.mlp(self.norm_mlp(slots))
+        return self.to_tokens(slots)
 
 
 # ---- encoder ----
 
 class ConceptEncoder(nn.Module):
-    """images (B, 3, H, W) in [-1, 1] -> concept tokens (B, N, D). Defaults: the authors' code."""
+    """images (B, 3, H, W) in [-1, 1] -> concept tokens (B, N, D)."""
 
     def __init__(
         self,
-        kind: str = "scalar",                           # one of ENCODERS
-        n_tokens: int = 20,                             # N
-        token_dim: int = 16,                            # D
-        width: int = 128,                               # channels of the trunk
-        strides: tuple[int, ...] = (2, 2, 2, 2),        # of its convolutions, 2 or 4 each
+        kind: str = "scalar",                     # one of ENCODERS
+        n_tokens: int = 20,                       # N
+        token_dim: int = 16,                      # D
+        width: int = 128,                         # channels of the trunk
+        strides: tuple[int, ...] = (2, 2, 2, 2),  # of its convolutions, 2 or 4 each
         image_size: int = 64,
     ):
         super().__init__()
@@ -184,12 +177,12 @@ class ConceptEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) in [-1, 1]. Returns tokens (B, N, D)."""
-        return self.head(self.trunk(images))            # (B, N, D)
+        return self.head(self.trunk(images))
 
     def scalars(self, images: Tensor) -> Tensor:
-        """The numbers behind scalar tokens, (B, N); other kinds have none. images as in forward."""
-        return self.head.scalars(self.trunk(images))    # (B, N)
+        """The numbers behind scalar tokens, (B, N); other kinds have none."""
+        return self.head.scalars(self.trunk(images))
 
     def tokens_of(self, scalars: Tensor) -> Tensor:
         """The tokens (B, N, D) of given, also edited, scalars (B, N)."""
-        return self.head.tokens_of(scalars)             # (B, N, D)
+        return self.head.tokens_of(scalars)

@@ -5,14 +5,12 @@
     python evaluate.py RUN --figures [NAME ...]
     python evaluate.py --codes FILE.npz     # scores of arrays z (n, N) and y (n, K)
 
-The scores of EncDiff's tables (but FID) with the protocol of the authors' code, swap accuracy
-(ours), and the paper's figures. The metrics take arrays and can be copied.
+The metrics take arrays and can be copied.
 
 Letters:  n points (images), N codes or tokens, K factors, D token dimension, C classes of a factor,
 V bins of a code, M nodes of a tree's level, R importance, H entropy.
 """
 import argparse
-import inspect
 import json
 import math
 import os
@@ -36,59 +34,51 @@ from diffusion import SCHEDULES, Diffusion
 
 Array = np.ndarray
 
-
 # ---- metrics on arrays ----
 # z: codes (n, N); y: factors (n, K), of any values that are classes.
 
 def check_codes(z, y):
-    """z (n, N) as float32, and y (n, K) as class numbers 0, 1, .. of int64. InputError."""
+    """z as float32, y as class numbers 0, 1, .. InputError."""
     z, y = np.asarray(z), np.asarray(y)
     if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or 0 in z.shape + y.shape:
         raise InputError(f"codes must be (n, N) and factors (n, K), not {z.shape} and {y.shape}")
-    wrong = ~np.isfinite(z).all(1) | (y != y).any(1)  # only NaN differs from itself
-    if wrong.any():
-        raise InputError(f"NaN or infinite in {wrong.sum()} points, first in {wrong.argmax()}")
+    if not np.isfinite(z).all() or (y != y).any():  # only NaN differs from itself
+        raise InputError("there are NaN or infinite codes or factors")
     classes = np.empty(y.shape, np.int64)
     for k in range(y.shape[1]):
         values, classes[:, k] = np.unique(y[:, k], return_inverse=True)
         if not 2 <= len(values) <= len(y) / 4:
-            raise InputError(f"factor {k} has {len(values)} values in {len(y)} points: leave out "
-                             "what is constant, bin what is continuous")
+            raise InputError(f"factor {k} has {len(values)} values in {len(y)} points: it is "
+                             "constant or continuous")
     return z.astype(np.float32), classes
 
 
 def entropy(p, base=math.e):
-    """Entropy of each row of p (rows, columns), first divided by its sum: (rows,)."""
+    """Entropy of each row of p, divided by its sum: (rows,)."""
     p = p / p.sum(1, keepdims=True)
     logarithm = np.log(np.maximum(p, 1e-300))  # 0 log 0 = 0
     return -(p * logarithm).sum(1) / np.log(base)
 
 
 def purity(R):
-    """Mean of 1 - entropy over the rows of R, weighted by their sums: [0, 1]."""
-    weight = np.full(len(R), 1 / len(R))  # if all of R is 0
-    if R.any():
-        weight = R.sum(1) / R.sum()
+    """Mean of 1 - entropy over the rows of R, weighted by their sums."""
+    weight = R.sum(1) if R.any() else np.ones(len(R))
     row_entropy = entropy(R + 1e-11, base=R.shape[1])  # 1e-11: the authors' constant
-    return float((weight * (1 - row_entropy)).sum())
+    return float((weight / weight.sum() * (1 - row_entropy)).sum())
 
 
-def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, max_bins: int = 0) -> dict:
+def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array) -> dict:
     """Disentanglement, completeness and informativeness (Eastwood and Williams 2018), [0, 1].
 
-    Gradient-boosted trees predict each factor from all codes. max_bins: how many bins a code is cut
-    into at most; 0: every value its own for up to 2,000 training points and 64 codes, else 256.
-    Also returns accuracy (K,) and importance (N, K), a code's share of the decrease of squared
-    error.
+    Gradient-boosted trees predict each factor from all codes. Also returns accuracy (K,) and
+    importance (N, K).
     """
     n = len(z_train)
     z, y = check_codes(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
     N, K = z.shape[1], y.shape[1]
     if N < 2 or K < 2:
         raise InputError(f"DCI needs 2 codes and 2 factors or more, not {N} and {K}")
-    if max_bins == 0:
-        max_bins = n if n <= 2000 and N <= 64 else 256
-    bins, bags = bin_codes(z, n, max_bins)
+    bins, bags = bin_codes(z, n, V=n if n <= 2000 and N <= 64 else 256)
     R = np.zeros((N, K), np.float32)
     right = np.zeros(y.shape, bool)
     for k in range(K):
@@ -107,7 +97,7 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, max_bins: 
 
 
 def dci_scores(z, y, seed=0, points=(10000, 5000)):
-    """dci of as many training and test points, drawn without replacement, in types for JSON."""
+    """dci of training and test points drawn without replacement, in types for JSON."""
     if len(z) < sum(points):
         raise InputError(f"DCI needs {sum(points)} points, {len(z)} are there")
     rows = np.random.default_rng(seed).choice(len(z), sum(points), replace=False)
@@ -117,9 +107,9 @@ def dci_scores(z, y, seed=0, points=(10000, 5000)):
 
 
 def draw_partners(y, first, rng):
-    """Draws a factor for each row of `first`, and for each point in it another with its value.
+    """Draws a factor for each row of `first`, and for each point in it another of the same class.
 
-    y: class numbers (n, K); first: points, (rows, batch). Returns (rows,) and (rows, batch).
+    y: (n, K); first: point numbers, (rows, batch). Returns (rows,) and (rows, batch).
     """
     factor = rng.integers(y.shape[1], size=len(first))
     second = np.empty_like(first)
@@ -139,16 +129,13 @@ def factor_vae_score(
 ) -> float:
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
-    `batch` points that share a factor's value vote for the code that varies least among them,
-    relative to its standard deviation over `points` points; codes with one under min_std are
-    pruned. votes: how many to learn each code's factor from, and how many to predict.
+    `batch` points that share a factor's value vote for the code that varies least, relative to its
+    standard deviation over `points` points (at least min_std). votes: to learn from, to predict.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
     std = z[rng.choice(len(z), min(points, len(z)), replace=False)].std(0)
     kept = std >= min_std
-    if not kept.all():
-        print(f"{(~kept).sum()} of {len(kept)} codes have a deviation under {min_std}: pruned")
     if not kept.any():
         return 0.0
     z = z[:, kept] / std[kept]
@@ -169,8 +156,7 @@ def beta_vae_score(
 ) -> float:
     """beta-VAE score (Higgins et al. 2017), an accuracy in [0, 1].
 
-    A linear classifier tells which factor `batch` pairs of points share, from the mean |difference|
-    of their codes. points: inputs to learn from, and to predict.
+    A linear classifier tells which factor `batch` pairs share from their codes' mean |difference|.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
@@ -202,7 +188,7 @@ def beta_vae_score(
 def mig(z: Array, y: Array, seed: int = 0, points: int = 10000, n_bins: int = 20) -> float:
     """Mutual information gap (Chen et al. 2018, equation 6), [0, 1], of codes in n_bins bins.
 
-    The gap between the two codes that tell most of a factor, as a share of its entropy; the mean.
+    The gap between the two codes that tell most of a factor, as a share of its entropy.
     """
     z, y = check_codes(z, y)
     rows = np.random.default_rng(seed).choice(len(z), min(points, len(z)), replace=False)
@@ -227,9 +213,8 @@ def mig(z: Array, y: Array, seed: int = 0, points: int = 10000, n_bins: int = 20
 def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2) -> dict:
     """TAD (Yeats et al. 2022): how far an attribute's best code is ahead of the second, summed.
 
-    y: attributes (n, A) of two values. A code's quality is the area under its ROC curve. Counted
-    are attributes of best area >= auc_threshold that share at most max_share of their entropy with
-    any other. Returns tad and their number.
+    y: attributes (n, A) of two values. A code's quality is the area under its ROC curve. Attributes
+    count whose best area is >= auc_threshold and of whose entropy no other tells > max_share.
     """
     varies = (y != y[:1]).any(0)  # one value has no area
     z, a = check_codes(z, y[:, varies])
@@ -257,15 +242,14 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
 
 
 def token_owners(importance):
-    """The factor of which a token has its largest importance (N, K), -1 if all are 0: (N,)."""
+    """(N, K) -> (N,): the factor of a token's largest importance, -1 if all are 0."""
     return np.where(importance.any(1), importance.argmax(1), -1)
 
 
 def nearest_factors(ds, images, wanted):
-    """Factors (B, K) of the images of ds nearest to images (B, 3, H, W) in squared error.
+    """Factors (B, K) of the nearest images of ds, in squared error.
 
-    Candidates: the image with the factors wanted (B, K), which comes first and so wins ties, and
-    all that differ from it in one factor.
+    Candidates: the image wanted (B, K), and all that differ from it in one factor.
     """
     nearest = []
     for image, factors in zip(images.cpu(), wanted):
@@ -286,10 +270,10 @@ def swap_accuracy(
 ) -> dict:
     """If all tokens of one factor come from another image, does just that factor change? (Ours.)
 
-    ds: all combinations of its factors; encode: images (B, 3, H, W) -> tokens (B, N, D); decode:
-    back; importance: DCI's, (N, K). In `pairs` pairs a factor the source gets the target's tokens.
-    Returns the shares whose nearest image is `exact`ly the wanted one, has this factor `moved`, all
-    others `kept`; mean and worst exact; reconstruction: the share right without a swap.
+    encode: images (B, 3, H, W) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K). In
+    `pairs` pairs a factor the source gets the target's tokens. Returns the shares whose nearest
+    image is `exact`ly the wanted one, has this factor `moved`, all others `kept`; mean and worst
+    exact; reconstruction: the share right without a swap.
     """
     sizes = np.array(ds.factor_sizes, np.int64)
     if importance is None or sizes.prod() != len(ds):
@@ -328,7 +312,7 @@ def swap_accuracy(
 def bin_codes(z, n, V):
     """Cuts each code of z (n + n_test, N) into at most V bins, made for the first n points.
 
-    Returns bins like z, 0..V-1, and bags: V, the points in all bins (N * n,), where a bin begins.
+    Returns bins like z, and bags: V, the points in all bins (N * n,), where a bin begins.
     DEVIATION: with more than V values a tree tries V - 1 thresholds a code, scikit-learn's all.
     """
     columns = []
@@ -349,10 +333,10 @@ def bin_codes(z, n, V):
 
 
 def best_splits(bags, residual, node, M, generator):
-    """The best split of each of the M nodes of one level, of C trees that grow together.
+    """The best split of each of the M nodes of a level, in C trees that grow together.
 
-    residual: (n, C), the targets; node: (n, C), 0..M-1, of each point. Returns, (M, C) each: the
-    decrease of squared error, the code, the bin up to which points go left (V: all of them do).
+    residual: (n, C), the targets; node: (n, C), each point's. Returns, (M, C) each: the decrease of
+    squared error, the code, the bin up to which points go left (V: all of them do).
     """
     V, points, starts = bags
     n, C = residual.shape
@@ -376,7 +360,7 @@ def best_splits(bags, residual, node, M, generator):
 def boost(bags, bins, y, C):
     """Gradient-boosted trees (Friedman 2001, algorithm 6) as scikit-learn's, one a class and round.
 
-    y: (n,) in 0..C-1. Returns importance (N,) and predicted classes of all points, (n + n_test,).
+    Returns importance (N,) and predicted classes of all points, (n + n_test,).
     """
     rounds, max_depth, learning_rate = 100, 3, 0.1
     n = len(y)
@@ -408,19 +392,10 @@ def boost(bags, bins, y, C):
 
 # ---- loading a run ----
 
-def kept_scores(folder, data, out):
-    """A run's scores.json, {} unless of its present step and data; builds no network, no world."""
-    path = Path(out or folder) / "scores.json"
-    if not path.exists():
-        return {}
-    run = train.read_run(folder)
-    cfg = train.config_of(run)
-    source = run["data"]["source"]
-    if data or cfg.data:
-        source = open_dataset(data or cfg.data, cfg.cache).source
-    step = train.load_checkpoint(Path(folder) / "model.pt")["step"]
-    kept = json.loads(path.read_text())
-    return kept if (kept["step"], kept["data"]["source"]) == (step, source) else {}
+def kept_scores(folder):
+    """What scores.json in a folder holds, {} without one."""
+    path = Path(folder) / "scores.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 DDIM = dict(steps=50, eta=0.0)
@@ -436,47 +411,41 @@ class Run:
         self.info = train.read_run(folder)
         self.cfg = cfg = train.config_of(self.info)
         self.ds = open_dataset(data or cfg.data, cfg.cache)
-        was = self.info["data"]
-        same = len(self.ds) == was["images"] and list(self.ds.factor_sizes) == was["factor_sizes"]
-        if not same and not out:
+        if list(self.ds.factor_sizes) != self.info["data"]["factor_sizes"] and not out:
             raise InputError(f"{folder} was trained on other data: to try this, add --out FOLDER")
         self.out = Path(out or folder)
         self.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.out, os.W_OK):
-            raise InputError(f"cannot write into {self.out}: add --out FOLDER")
         self.device = train.choose_device(device or cfg.device)
         self.vae = train.build_vae(cfg)
         self.encoder = train.build_encoder(cfg)
         self.unet = train.build_unet(cfg)
-        train.load_checkpoint(Path(folder) / "vae.pt", vae=self.vae)
+        first = train.load_checkpoint(Path(folder) / "vae.pt", vae=self.vae)
         parts = dict(encoder=self.encoder, ema=self.unet)
-        self.step = train.load_checkpoint(Path(folder) / "model.pt", **parts)["step"]
-        if self.step < cfg.steps:
-            print(f"{folder} has taken {self.step} of {cfg.steps} steps: train.py --resume goes on")
+        second = train.load_checkpoint(Path(folder) / "model.pt", **parts)
+        self.step = second["step"]
+        self.info["seconds"] = {"vae": first["seconds"], "tokens": second["seconds"]}
+        self.info["peak_memory_mib"] = second["peak_memory_mib"]
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)
-        importance = kept_scores(folder, data, out).get("scores", {}).get("importance")
+        importance = kept_scores(self.out).get("scores", {}).get("importance")
         self.importance = importance and np.array(importance)  # DCI's, (N, K), or None
 
     def rows(self, n: int, seed: int = 0) -> Array:
-        """Numbers of n different images, at random, or of all of fewer."""
+        """Numbers of n different images, at random."""
         rng = np.random.default_rng(seed)
         return rng.choice(len(self.ds), min(n, len(self.ds)), replace=False)
 
     def images(self, n: int, seed: int) -> Tensor:
-        """The images of rows(n, seed), (n, 3, 64, 64) in [-1, 1]."""
         return self.ds.images(self.rows(n, seed)).to(self.device)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens (B, N, D) of images (B, 3, 64, 64)."""
         return self.encoder(images.to(self.device))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, 64, 64) in [-1, 1] that tokens (B, N, D) describe.
+        """Images (B, 3, 64, 64) in [-1, 1] from tokens (B, N, D).
 
-        DEVIATION: DDIM of 50 steps, eta 0, from one noise for all (the authors': 200, 1), so that
-        images differ only where their tokens do.
+        DEVIATION: 50 DDIM steps, eta 0, from one noise for all (the authors: 200, eta 1).
         """
         denoise = partial(self.unet, tokens=tokens)
         x_T = train.fixed_input(self.cfg).to(self.device)
@@ -515,7 +484,7 @@ FONT = ImageFont.load_default(14)
 
 
 def grid(rows):
-    """Rows of images without gaps. rows: label -> (columns, 3, H, W) in [-1, 1]."""
+    """One sheet. rows: label -> (columns, 3, H, W) in [-1, 1]."""
     columns, _, H, W = next(iter(rows.values())).shape
     left = math.ceil(max(map(FONT.getlength, rows))) + 8
     sheet = Image.new("RGB", (left + columns * W, len(rows) * H), "white")
@@ -529,7 +498,7 @@ def grid(rows):
 
 
 def used_tokens(run):
-    """Label -> token, factor by factor, if its importance is 0.02 or more; all if unknown."""
+    """Label -> token, factor by factor, of importance >= 0.02; all if unknown."""
     if run.importance is None:
         return {f"token {n}": n for n in range(run.cfg.tokens)}
     used = {}
@@ -542,7 +511,6 @@ def used_tokens(run):
 
 
 def reconstruction(run):
-    """Images, by the autoencoder alone, and from their tokens."""
     images = run.images(10, seed=1)
     autoencoder = run.vae.decode(run.vae.encode(images))
     decoded = run.decode(run.encode(images))
@@ -550,7 +518,7 @@ def reconstruction(run):
 
 
 def swap_sheet(run, groups):
-    """Ten images, then a row a group: its tokens are in all ten the first image's, the target's."""
+    """Ten images, then a row a group: its tokens are the first image's in all ten."""
     images = run.images(10, seed=2)
     tokens = run.encode(images)
     rows = {"target, then sources": images}
@@ -586,10 +554,7 @@ def traversal(run):
 
 
 def attention(run):
-    """One row a used token: bright where cross attention reads it, mean over heads and blocks.
-
-    The U-Net gets latents noised to t = 500; this is not sampling.
-    """
+    """One row a used token: bright where cross attention reads it, in latents noised to t = 500."""
     images = run.images(10, seed=4)
     x_0 = run.vae.encode(images)
     t = torch.full((len(images),), 500, device=run.device)
@@ -609,7 +574,7 @@ def attention(run):
 
 
 def bottleneck(run):
-    """The bottleneck, KL(q(x_t | x_0) || N(0, I)), at t = 0..999 as a share of its value at 0.
+    """KL(q(x_t | x_0) || N(0, I)) at t = 0..999 as a share of its value at 0.
 
     Left for latents of mean square 1, as ours; right for 67.6, as fits the paper's figure.
     """
@@ -624,29 +589,6 @@ def bottleneck(run):
     return grid(rows)
 
 
-def when(run):
-    """One row a used token: at which t the loss rises most if it is the previous image's: black."""
-    images = run.images(64, seed=5)
-    x_0, tokens = run.vae.encode(images), run.encode(images)
-    used = used_tokens(run)
-    rise = torch.zeros(len(used), 20)
-    for j in range(20):
-        t = torch.full((len(images),), 25 + 50 * j, device=run.device)
-        torch.manual_seed(0)
-        eps = torch.randn_like(x_0)
-        x_t = run.diffusion.q_sample(x_0, t, eps)
-        loss = F.l1_loss(run.unet(x_t, t, tokens), eps)
-        for i, n in enumerate(used.values()):
-            wrong = tokens.clone()
-            wrong[:, n] = tokens[:, n].roll(1, 0)
-            rise[i, j] = F.l1_loss(run.unet(x_t, t, wrong), eps) - loss
-    shade = 1 - 2 * rise.clamp(min=0) / rise.max().clamp(min=1e-12)
-    rows = {"t = 25, 75, .. 975": torch.ones(20, 3, 24, 24)}
-    for label, row in zip(used, shade):
-        rows[label] = row[:, None, None, None].expand(-1, 3, 24, 24)
-    return grid(rows)
-
-
 FIGURES = {  # and the configuration each needs
     "reconstruction": (reconstruction, {}),
     "swap": (swap, {}),
@@ -654,7 +596,6 @@ FIGURES = {  # and the configuration each needs
     "traversal": (traversal, {"encoder": "scalar"}),
     "attention": (attention, {"conditioning": "cross-attention", "objective": "diffusion"}),
     "bottleneck": (bottleneck, {}),
-    "when": (when, {"objective": "diffusion"}),
 }
 
 
@@ -672,15 +613,13 @@ def draw(run, names):
 
 # ---- the command ----
 
-METRICS = dict(
-    dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score, tad=tad
+OF_FACTORS = dict(
+    dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score
 )
-OF_FACTORS = ["dci", "factor_vae", "mig", "beta_vae"]
-PLACES = {"data", "cache", "out", "vae"}
 
 
 def psnr(run, count=256):
-    """In dB, over all numbers of the images: from their tokens, and by the autoencoder alone."""
+    """In dB, of the mean squared error: from tokens, and by the autoencoder alone."""
     images = run.images(count, seed=1)
     autoencoder = run.vae.decode(run.vae.encode(images)).clamp(-1, 1)
     scores = {}
@@ -690,8 +629,8 @@ def psnr(run, count=256):
     return scores
 
 
-def score(result, name, metric):
-    """Adds the scores of metric(), its constants (protocol) and seconds, or prints its refusal."""
+def add_scores(result, name, metric):
+    """Adds what metric() returns, and its seconds, to the result, or prints its refusal."""
     print(f"{name} ..", file=sys.stderr)
     start = time.monotonic()
     try:
@@ -701,58 +640,50 @@ def score(result, name, metric):
         return
     if name == "swap" or not isinstance(scores, dict):
         scores = {name: scores}
-    options = inspect.signature(metric).parameters.values()
     result["scores"].update(scores)
-    result["protocol"][name] = {option.name: option.default for option in options}
     result["seconds"][name] = round(time.monotonic() - start, 1)
 
 
-def score_file(path, names):
+def score_file(path):
     """Scores of the arrays z (n, N) and y (n, K) in an .npz file."""
-    if not os.path.exists(path):
-        raise InputError(f"there is no {path}")
     try:
         arrays = np.load(path)
         z, y = arrays["z"], arrays["y"]
     except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no .npz of z (n, N) and y (n, K): {error}") from error
     check_codes(z, y)
-    result = {"data": {"name": path}, "scores": {}, "protocol": {}, "seconds": {}}
-    for name in names:
-        score(result, name, partial(METRICS[name], z, y))
+    result = {"data": {"name": Path(path).name}, "scores": {}, "seconds": {}}
+    for name, metric in OF_FACTORS.items():
+        add_scores(result, name, partial(metric, z, y))
     return result
 
 
-def score_run(run, metrics, pairs):
-    """Scores a run; draws two figures, writes codes.npz (z, y) and scores.json unless `metrics` are
-    named. Returns what scores.json holds."""
+def score_run(run, pairs):
+    """Writes scores.json, which it returns, codes.npz (z, y) and two figures into run.out."""
     index = np.sort(run.rows(run.cfg.score_images or len(run.ds)))
-    z, y, names = run.codes(index), np.empty((len(index), 0)), []
-    if run.ds.factor_names:
-        y, names = run.ds.factors(index).numpy(), [*OF_FACTORS, "swap"]
-    elif run.ds.attribute_names:
-        y, names = run.ds.attributes[index], ["tad"]
-    decode = DDIM if run.cfg.objective == "diffusion" else "one step"
-    result = {"scores": {}, "protocol": {"decode": decode}, "seconds": {}}
-    for name in METRICS:
-        if name in (metrics or names):
-            score(result, name, partial(METRICS[name], z, y))
-    if "importance" in result["scores"]:
-        run.importance = np.array(result["scores"]["importance"])
-    if "swap" in (metrics or names):
-        swaps = partial(swap_accuracy, run.ds, run.encode, run.decode, run.importance)
-        score(result, "swap", partial(swaps, pairs=pairs))
+    z, y = run.codes(index), np.empty((len(index), 0))
     data = dict(name=run.ds.name, factors=run.ds.factor_names, source=run.ds.source)
-    result.update(step=run.step, data=data, machine=train.machine(run.device), run=run.info)
-    for place in PLACES:  # results hold no paths
-        run.info["config"].pop(place, None)
-    if not metrics:
-        score(result, "psnr", partial(psnr, run))
-        draw(run, ["reconstruction", "swap_tokens" if run.importance is None else "swap"])
-        with atomic(run.out / "codes.npz") as temporary:
-            np.savez(temporary, z=z, y=y)
-        train.write_json(run.out / "scores.json", result)
-        print(f"wrote scores.json, codes.npz and two figures into {run.out}")
+    result = {"scores": {}, "seconds": {}, "step": run.step, "data": data}
+    if run.ds.factor_names:
+        y = run.ds.factors(index).numpy()
+        for name, metric in OF_FACTORS.items():
+            add_scores(result, name, partial(metric, z, y))
+        importance = result["scores"].get("importance")
+        run.importance = importance and np.array(importance)
+        swaps = partial(swap_accuracy, run.ds, run.encode, run.decode, run.importance, pairs)
+        add_scores(result, "swap", swaps)
+    elif run.ds.attribute_names:
+        y = run.ds.attributes[index]
+        add_scores(result, "tad", partial(tad, z, y))
+    add_scores(result, "psnr", partial(psnr, run))
+    for place in ("data", "cache", "out", "vae"):  # results hold no paths
+        del run.info["config"][place]
+    result.update(machine=train.machine(run.device), run=run.info)
+    draw(run, ["reconstruction", "swap_tokens" if run.importance is None else "swap"])
+    with atomic(run.out / "codes.npz") as temporary:
+        np.savez(temporary, z=z, y=y)
+    train.write_json(run.out / "scores.json", result)
+    print(f"wrote scores.json, codes.npz and two figures into {run.out}")
     return result
 
 
@@ -760,12 +691,12 @@ def name_setting(result):
     """The data, and what differs from the configuration of the preset."""
     name = result["data"]["name"]
     if "run" in result:
-        cfg = vars(train.config_of(result["run"]))
-        cfg["steps"] = result["step"]  # those taken
+        cfg = {**result["run"]["config"], "steps": result["step"]}  # those taken
         usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
-        for key in sorted(cfg.keys() - PLACES - {"seed", "device", "score_images"}):
-            if cfg[key] != usual[key]:
-                name += f", {key} {cfg[key]}"
+        for key in sorted(cfg.keys() - {"seed", "device", "score_images"}):
+            value = tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key]
+            if value != usual[key]:
+                name += f", {key} {value}"
     return name
 
 
@@ -777,16 +708,12 @@ def table(results):
         if "swap" in scores:
             scores["worst_swap"] = scores["swap"]["worst"]
             scores["swap"] = scores["swap"]["mean"]
-        setting = name_setting(result), str(result["data"].get("source"))
-        settings.setdefault(setting, []).append(scores)
-    width = max(len(name) for name, _ in settings)
-    columns = []
-    for key in ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
-                "beta_vae", "swap", "worst_swap", "tad", "psnr"):
-        if any(key in scores for runs in settings.values() for scores in runs):
-            columns.append(key)
+        settings.setdefault(name_setting(result), []).append(scores)
+    width = max(map(len, settings))
+    columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
+               "beta_vae", "swap", "worst_swap", "tad", "psnr")
     print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
-    for (name, _), runs in settings.items():
+    for name, runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"
         for key in columns:
             values = [scores[key] for scores in runs if key in scores]
@@ -805,35 +732,31 @@ def main(argv: list | None = None) -> list:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders")
     add("--codes", metavar="FILE", help="an .npz of z (n, N) and y (n, K) to score instead")
-    add("--metrics", nargs="+", choices=[*METRICS, "swap"], help="only print these scores")
     add("--pairs", type=int, default=64, help="pairs a factor for swap accuracy [64]")
     add("--figures", nargs="*", choices=FIGURES, help="only draw these, or all")
     add("--data", default="", help="where the data is now; other data: with --out")
-    add("--out", default="", help="folder for results [the run's]; of several runs, its parent")
+    add("--out", default="", help="folder for results [the run's]")
     add("--device", default="", help="cpu, cuda, mps or auto [the run's]")
     args = parser.parse_args(argv)
-    swaps = args.codes and "swap" in (args.metrics or [])
-    if bool(args.runs) == bool(args.codes) or swaps or args.pairs < 1:
-        raise InputError("name run folders or --codes FILE, which has no swaps; --pairs 1 or more")
+    several = len(args.runs) > 1
+    if bool(args.runs) == bool(args.codes) or args.pairs < 1 or (several and args.out):
+        raise InputError("name runs or --codes FILE; --pairs 1 or more; --out for one run alone")
+    out = os.path.expanduser(args.out)
     results = []
     if args.codes:
-        path = os.path.expanduser(args.codes)
-        results.append(score_file(path, args.metrics or OF_FACTORS))
-    several = len(args.runs) > 1
+        results.append(score_file(os.path.expanduser(args.codes)))
+        if out:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            train.write_json(Path(out) / "scores.json", results[0])
     for folder in map(os.path.expanduser, args.runs):
-        out = os.path.expanduser(args.out)
-        if out and several:
-            out = os.path.join(out, Path(folder).resolve().name)
-        if args.figures is not None:
-            draw(Run(folder, args.data, out, args.device), args.figures)
+        if several and args.figures is None and kept_scores(folder):
+            results.append(kept_scores(folder))
             continue
-        result = {}
-        if several and not args.metrics:
-            result = kept_scores(folder, args.data, out)
-        if not result:
-            run = Run(folder, args.data, out, args.device)
-            result = score_run(run, args.metrics, args.pairs)
-        results.append(result)
+        run = Run(folder, args.data, out, args.device)
+        if args.figures is None:
+            results.append(score_run(run, args.pairs))
+        else:
+            draw(run, args.figures)
     if results:
         table(results)
     return results

@@ -1,24 +1,15 @@
-"""The denoising U-Net of EncDiff: eps_theta(x_t, t, S), concept tokens S read by cross attention.
+"""The denoising U-Net of EncDiff, eps_theta(x_t, t, S): cross attention reads the tokens S.
 
-Implements the U-Net of latent diffusion (Rombach et al. 2022, section 3.3) in the form that EncDiff
-uses: residual blocks, scaled and shifted by the time embedding, and at the finer levels transformer
-blocks (self attention, cross attention to the tokens, gated feed-forward). The tokens enter through
-cross attention alone. With the defaults, those of the authors' code for Shapes3D, it has 37.47 M
-parameters.
+The U-Net of latent diffusion (Rombach et al. 2022, section 3.3) with the defaults of the authors'
+code for Shapes3D, 37.47 M parameters. Two ablations: `conditioning="adagn"`, without cross
+attention, and `Decoder`, without diffusion.
 
-For two ablations of the paper: `conditioning="adagn"` takes the tokens in through the time
-embedding instead, and `Decoder`, the decoder half alone, reconstructs x_0 without diffusion.
-Left out of the original: class labels, dropout, gradient checkpointing.
-
-Read from top to bottom: time embedding, attention, transformer block, residual block, U-Net.
 Exports: UNet, Decoder, CONDITIONINGS.
 
 Letters:  B batch, C channels, H, W height and width, L = H * W positions, N concept tokens, D token
 dimension, M length of a context (L or N), h heads, d channels of a head, E of the time embedding.
 """
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -28,21 +19,19 @@ from torch import Tensor
 CONDITIONINGS = ("cross-attention", "adagn")
 
 
-# ---- time embedding ----
+# ---- blocks ----
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Cosines and sines of t at geometrically spaced frequencies (as in latent diffusion's code).
+    """Cosines and sines of t at geometrically spaced frequencies (latent diffusion's code).
 
     t: (B,) int64 in 0..T-1. Returns (B, dim) float32 in [-1, 1].
     """
     half = dim // 2
     i = torch.arange(half, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * i / half)  # (dim/2,)
-    angles = t[:, None].float() * frequencies           # (B, dim/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
+    frequencies = torch.exp(-math.log(10000) * i / half)
+    angles = t[:, None].float() * frequencies  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-
-# ---- attention ----
 
 class Attention(nn.Module):
     """Multi-head attention of positions x to a context: x itself, or the concept tokens.
@@ -59,29 +48,28 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor, attn_maps: list | None = None) -> Tensor:
-        """x: (B, L, C); context: (B, M, context_dim), M = L (self) or N (cross). Returns (B, L, C).
+        """x: (B, L, C); context: (B, M, context_dim). Returns (B, L, C).
 
         attn_maps: a list that receives the probabilities (B, h, L, M), or None.
         """
-        q = self.split_heads(self.to_q(x))              # (B, h, L, d)
-        k = self.split_heads(self.to_k(context))        # (B, h, M, d)
-        v = self.split_heads(self.to_v(context))        # (B, h, M, d)
+        q = self.split_heads(self.to_q(x))        # (B, h, L, d)
+        k = self.split_heads(self.to_k(context))  # (B, h, M, d)
+        v = self.split_heads(self.to_v(context))  # (B, h, M, d)
         if attn_maps is None:
-            out = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
-        else:                                           # the same, written out
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:  # the same, written out
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, L, M)
-            probabilities = scores.softmax(dim=-1)      # (B, h, L, M)
-            out = probabilities @ v                     # (B, h, L, d)
+            probabilities = scores.softmax(dim=-1)
+            out = probabilities @ v                                    # (B, h, L, d)
             attn_maps.append(probabilities)
-        return self.to_out(out.transpose(1, 2).flatten(2))  # (B, L, C)
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, M, h*d) -> (B, h, M, d)"""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): a projection to 4 times the width, gated by GELU of another one."""
+    """GEGLU (Shazeer 2020): a projection to 4 times the width, gated by GELU of another."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -90,9 +78,8 @@ class FeedForward(nn.Module):
         self.project_out = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, L, C). Returns (B, L, C)."""
-        x = self.value(x) * F.gelu(self.gate(x))        # (B, L, 4C)
-        return self.project_out(x)                      # (B, L, C)
+        x = self.value(x) * F.gelu(self.gate(x))  # (B, L, C) -> (B, L, 4C)
+        return self.project_out(x)
 
 
 class TransformerBlock(nn.Module):
@@ -114,38 +101,36 @@ class TransformerBlock(nn.Module):
         self.norm_feed_forward = nn.LayerNorm(channels)
         self.feed_forward = FeedForward(channels)
         self.project_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.project_out.weight)         # the identity at first
+        nn.init.zeros_(self.project_out.weight)  # the identity at first
         nn.init.zeros_(self.project_out.bias)
 
     def forward(self, x: Tensor, tokens: Tensor, attn_maps: list | None = None) -> Tensor:
         """x: (B, C, H, W); tokens: (B, N, D); attn_maps: see Attention. Returns (B, C, H, W)."""
         H, W = x.shape[2:]
-        h = self.project_in(self.norm(x))               # (B, C, H, W)
-        h = h.flatten(2).transpose(1, 2)                # (B, L, C)
+        h = self.project_in(self.norm(x))
+        h = h.flatten(2).transpose(1, 2)            # (B, L, C)
         normed = self.norm_self(h)
-        h = h + self.self_attention(normed, context=normed)  # (B, L, C)
+        h = h + self.self_attention(normed, context=normed)
         if self.cross_attention is not None:
             normed = self.norm_cross(h)
-            h = h + self.cross_attention(normed, tokens, attn_maps)  # (B, L, C)
-        h = h + self.feed_forward(self.norm_feed_forward(h))  # (B, L, C)
-        h = h.transpose(1, 2).unflatten(2, (H, W))      # (B, C, H, W)
-        return x + self.project_out(h)                  # (B, C, H, W)
+            h = h + self.cross_attention(normed, tokens, attn_maps)
+        h = h + self.feed_forward(self.norm_feed_forward(h))
+        h = h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        return x + self.project_out(h)
 
-
-# ---- residual block ----
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a residual; the time embedding scales and shifts between them.
 
-    resample: "down" halves, "up" doubles height and width inside the block, None keeps them.
+    resample: "down" halves, "up" doubles height and width, None keeps them.
     """
 
     def __init__(
         self,
         in_channels: int,
         channels: int,
-        emb_dim: int,                   # E
-        groups: int,                    # of the group norms
+        emb_dim: int,  # E
+        groups: int,
         resample: str | None = None,
     ):
         super().__init__()
@@ -158,29 +143,26 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity()
         if in_channels != channels:
             self.skip = nn.Conv2d(in_channels, channels, 1)
-        nn.init.zeros_(self.conv_2.weight)              # only the skip at first
+        nn.init.zeros_(self.conv_2.weight)  # only the skip at first
         nn.init.zeros_(self.conv_2.bias)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: (B, C_in, H, W); emb: (B, E), after its SiLU. Returns (B, C, H', W')."""
-        h = self.resize(F.silu(self.norm_1(x)))         # (B, C_in, H', W')
-        h = self.conv_1(h)                              # (B, C, H', W')
-        scale_shift = self.to_scale_shift(emb)[:, :, None, None]  # (B, 2C, 1, 1)
-        scale, shift = scale_shift.chunk(2, dim=1)      # (B, C, 1, 1) each
-        h = self.norm_2(h) * (1 + scale) + shift        # (B, C, H', W')
-        h = self.conv_2(F.silu(h))                      # (B, C, H', W')
-        return self.skip(self.resize(x)) + h            # (B, C, H', W')
+        h = self.resize(F.silu(self.norm_1(x)))     # (B, C_in, H', W')
+        h = self.conv_1(h)                          # (B, C, H', W')
+        scale_shift = self.to_scale_shift(emb)[:, :, None, None]
+        scale, shift = scale_shift.chunk(2, dim=1)  # (B, C, 1, 1) each
+        h = self.norm_2(h) * (1 + scale) + shift
+        h = self.conv_2(F.silu(h))
+        return self.skip(self.resize(x)) + h
 
     def resize(self, x: Tensor) -> Tensor:
-        """The average of 2x2 positions, or each position repeated 2x2."""
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
         if self.resample == "up":
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return x
 
-
-# ---- U-Net ----
 
 class UNetBlock(nn.Module):
     """One step of the way down or up: a residual block, and a transformer block if it attends."""
@@ -189,47 +171,49 @@ class UNetBlock(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        emb_dim: int,                   # E
-        groups: int,                    # of the group norms
+        emb_dim: int,  # E
+        groups: int,
+        token_dim: int | None,
+        heads: int,
         resample: str | None = None,
-        attention: dict | None = None,  # token_dim and heads of its transformer block
+        attends: bool = False,
     ):
         super().__init__()
         self.res_block = ResBlock(in_channels, channels, emb_dim, groups, resample)
         self.transformer = None
-        if attention is not None:
-            self.transformer = TransformerBlock(channels, groups=groups, **attention)
+        if attends:
+            self.transformer = TransformerBlock(channels, token_dim, heads, groups)
 
     def forward(
         self, x: Tensor, emb: Tensor, tokens: Tensor, attn_maps: list | None = None
     ) -> Tensor:
         """x: (B, C_in, H, W); emb: (B, E); tokens: (B, N, D). Returns (B, C, H', W')."""
-        x = self.res_block(x, emb)                      # (B, C, H', W')
+        x = self.res_block(x, emb)
         if self.transformer is not None:
-            x = self.transformer(x, tokens, attn_maps)  # (B, C, H', W')
+            x = self.transformer(x, tokens, attn_maps)
         return x
 
 
-class UNet(nn.Module):
-    """eps_theta(x_t, t, S): predicts the noise in the latent x_t from the concept tokens S.
+# ---- networks ----
 
-    The defaults are the authors'. conditioning: how the tokens enter.
-    "cross-attention": as keys and values, in any number. "adagn", the paper's ablation:
-    concatenated, through a small MLP, they are added to the time embedding and so scale and shift
-    every residual block (adaptive group norm).
+class UNet(nn.Module):
+    """eps_theta(x_t, t, S): predicts the noise in x_t from the concept tokens S.
+
+    conditioning: "cross-attention", tokens in any number are keys and values; "adagn" (adaptive
+    group norm), the paper's ablation: a small MLP of all N tokens is added to the time embedding.
     """
 
     def __init__(
         self,
         latent_channels: int = 3,
-        channels: int = 64,                             # C_0, a multiple of groups
-        multipliers: tuple[int, ...] = (1, 2, 4, 4),    # width of each level / C_0, finest first
-        res_blocks: int = 2,                            # a level down; one more a level up
-        attention_levels: int = 3,                      # how many, from the finest; and the middle
-        heads: int = 8,                                 # h, divides every width
-        token_dim: int = 16,                            # D
-        n_tokens: int = 20,                             # N, looked at by "adagn" alone
-        groups: int = 32,
+        channels: int = 64,                           # C_0, a multiple of groups
+        multipliers: tuple[int, ...] = (1, 2, 4, 4),  # width of each level / C_0, finest first
+        res_blocks: int = 2,                          # a level down; one more a level up
+        attention_levels: int = 3,                    # how many, from the finest; and the middle
+        heads: int = 8,                               # h, divides every width
+        token_dim: int = 16,                          # D
+        n_tokens: int = 20,                           # N, read by "adagn" alone
+        groups: int = 32,                             # of the group norms
         conditioning: str = "cross-attention",
     ):
         super().__init__()
@@ -238,32 +222,29 @@ class UNet(nn.Module):
         E = 4 * channels
         self.time_mlp = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
         self.token_mlp = None
-        attention = dict(token_dim=token_dim, heads=heads)
         if conditioning == "adagn":
-            attention = dict(token_dim=None, heads=heads)  # no cross attention
             joined = n_tokens * token_dim
             self.token_mlp = nn.Sequential(nn.Linear(joined, E), nn.SiLU(), nn.Linear(E, E))
+            token_dim = None  # no cross attention
 
         widths = [channels * m for m in multipliers]
-        attentions = [attention] * attention_levels + [None] * (len(widths) - attention_levels)
-        make_block = partial(UNetBlock, emb_dim=E, groups=groups)
+        sizes = dict(emb_dim=E, groups=groups, token_dim=token_dim, heads=heads)
         self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
-        self.down, skips = build_down(make_block, widths, res_blocks, attentions)
-        self.middle = build_middle(make_block, widths[-1], attention)
-        self.up = build_up(make_block, widths, res_blocks, attentions, skips)
+        self.down, skips = build_down(channels, widths, res_blocks, attention_levels, sizes)
+        self.middle = build_middle(widths[-1], sizes)
+        self.up = build_up(widths, res_blocks, attention_levels, sizes, skips)
         self.norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)            # the first prediction is 0
+        nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(
         self, x_t: Tensor, t: Tensor, tokens: Tensor, attn_maps: list | None = None
     ) -> Tensor:
-        """The predicted noise eps, (B, C, H, W) like x_t.
+        """The predicted noise eps, like x_t.
 
         x_t: (B, C, H, W), H and W divisible by 2^(levels - 1); t: (B,) int64 in 0..T-1; tokens:
-        (B, N, D). attn_maps: an empty list receives every cross-attention map, one (B, h, L, N)
-        tensor of probabilities a transformer block, in the order in which the blocks run.
+        (B, N, D). attn_maps: a list that receives the map (B, h, L, N) of each cross attention.
         """
         emb = self.embed(t, tokens)                     # (B, E)
         h = self.conv_in(x_t)                           # (B, C_0, H, W)
@@ -272,69 +253,68 @@ class UNet(nn.Module):
             h = block(h, emb, tokens, attn_maps)        # (B, C', H', W')
             skips.append(h)
         for block in self.middle:
-            h = block(h, emb, tokens, attn_maps)        # the coarsest level
+            h = block(h, emb, tokens, attn_maps)
         for block in self.up:
             if block.res_block.resample is None:        # resampling takes no skip
                 h = torch.cat([h, skips.pop()], dim=1)  # (B, C' + C_skip, H', W')
-            h = block(h, emb, tokens, attn_maps)        # (B, C', H', W')
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+            h = block(h, emb, tokens, attn_maps)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
     def embed(self, t: Tensor, tokens: Tensor) -> Tensor:
-        """The embedding of t (with "adagn" of the tokens, too) after its SiLU, (B, E)."""
+        """SiLU of the embedding of t, with "adagn" of the tokens, too: (B, E)."""
         emb = timestep_embedding(t, self.conv_in.out_channels)  # (B, C_0)
-        emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))  # (B, E)
+        emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))
         if self.token_mlp is not None:
-            emb = emb + self.token_mlp(tokens.flatten(1))  # (B, N*D) -> (B, E)
+            emb = emb + self.token_mlp(tokens.flatten(1))       # (B, N*D) -> (B, E)
         return F.silu(emb)
 
 
 def build_down(
-    make_block: Callable, widths: list[int], res_blocks: int, attentions: list
+    c: int, widths: list[int], res_blocks: int, attention_levels: int, sizes: dict
 ) -> tuple[nn.ModuleList, list[int]]:
-    """The blocks from the finest level to the coarsest, and the widths that the way up reads."""
+    """Blocks, finest level first, and the widths that the way up reads."""
     blocks = nn.ModuleList()
-    c = widths[0]
     skips = [c]
     for level, width in enumerate(widths):
+        attends = level < attention_levels
         for _ in range(res_blocks):
-            blocks.append(make_block(c, width, attention=attentions[level]))
+            blocks.append(UNetBlock(c, width, **sizes, attends=attends))
             c = width
             skips.append(c)
         if level < len(widths) - 1:
-            blocks.append(make_block(c, c, resample="down"))
+            blocks.append(UNetBlock(c, c, **sizes, resample="down"))
             skips.append(c)
     return blocks, skips
 
 
-def build_middle(make_block: Callable, width: int, attention: dict) -> nn.ModuleList:
-    """The two blocks at the coarsest level, the first of which always attends."""
-    return nn.ModuleList([make_block(width, width, attention=attention), make_block(width, width)])
+def build_middle(c: int, sizes: dict) -> nn.ModuleList:
+    """Two blocks, the first of which always attends."""
+    first = UNetBlock(c, c, **sizes, attends=True)
+    return nn.ModuleList([first, UNetBlock(c, c, **sizes)])
 
 
 def build_up(
-    make_block: Callable, widths: list[int], res_blocks: int, attentions: list, skips: list[int]
+    widths: list[int], res_blocks: int, attention_levels: int, sizes: dict, skips: list[int]
 ) -> nn.ModuleList:
-    """The blocks from the coarsest level to the finest; none takes a skip if skips is empty."""
+    """Blocks, coarsest level first; they take no skips if skips is empty."""
     blocks = nn.ModuleList()
     c = widths[-1]
     for level in reversed(range(len(widths))):
+        attends = level < attention_levels
         for _ in range(res_blocks + 1):
             skip = skips.pop() if skips else 0
-            blocks.append(make_block(c + skip, widths[level], attention=attentions[level]))
+            blocks.append(UNetBlock(c + skip, widths[level], **sizes, attends=attends))
             c = widths[level]
         if level > 0:
-            blocks.append(make_block(c, c, resample="up"))
+            blocks.append(UNetBlock(c, c, **sizes, resample="up"))
     return blocks
 
-
-# ---- for the ablation without diffusion ----
 
 class Decoder(nn.Module):
     """The decoder half of the U-Net: x_0 from the tokens alone, in one step (EncDiff, ablations).
 
-    Middle and up blocks, from a learned constant at the coarsest level; no skips, no noise, no t:
-    the scale and shift of its residual blocks are learned constants. Arguments as in UNet;
-    latent_size: height and width of x_0.
+    Middle and up path without skips, from a learned constant at the coarsest level.
+    latent_size: height and width of x_0; other arguments as in UNet.
     """
 
     def __init__(
@@ -350,24 +330,22 @@ class Decoder(nn.Module):
         groups: int = 32,
     ):
         super().__init__()
-        self.emb_dim = 4 * channels
+        self.emb_dim = E = 4 * channels
         widths = [channels * m for m in multipliers]
-        attention = dict(token_dim=token_dim, heads=heads)
-        attentions = [attention] * attention_levels + [None] * (len(widths) - attention_levels)
-        make_block = partial(UNetBlock, emb_dim=self.emb_dim, groups=groups)
+        sizes = dict(emb_dim=E, groups=groups, token_dim=token_dim, heads=heads)
         side = latent_size // 2 ** (len(widths) - 1)
         self.start = nn.Parameter(torch.randn(1, widths[-1], side, side))
-        self.middle = build_middle(make_block, widths[-1], attention)
-        self.up = build_up(make_block, widths, res_blocks, attentions, skips=[])
+        self.middle = build_middle(widths[-1], sizes)
+        self.up = build_up(widths, res_blocks, attention_levels, sizes, skips=[])
         self.norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
 
     def forward(
         self, x_t: Tensor, t: Tensor, tokens: Tensor, attn_maps: list | None = None
     ) -> Tensor:
-        """x_0 (B, C, H, W) of tokens (B, N, D). x_t and t, there for UNet's sake, are not read."""
-        emb = tokens.new_zeros(len(tokens), self.emb_dim)  # (B, E)
-        h = self.start.expand(len(tokens), -1, -1, -1)  # (B, C', H', W')
+        """x_0 (B, C, H, W) of tokens (B, N, D); x_t and t are not read."""
+        emb = tokens.new_zeros(len(tokens), self.emb_dim)  # no t: learned scale and shift
+        h = self.start.expand(len(tokens), -1, -1, -1)     # (B, C', H', W')
         for block in [*self.middle, *self.up]:
-            h = block(h, emb, tokens, attn_maps)        # (B, C', H', W')
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+            h = block(h, emb, tokens, attn_maps)
+        return self.conv_out(F.silu(self.norm_out(h)))

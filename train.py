@@ -3,18 +3,15 @@
     python train.py                                  # built-in world, preset small
     python train.py --preset tiny                    # a few minutes: start here
     python train.py --data 3dshapes.h5               # DeepMind's file, nothing else changed
-    python train.py --preset paper --device cuda     # sizes and constants of the authors' code
     python train.py --resume runs/world-small-0      # go on after an interruption
     torchrun --nproc_per_node 2 train.py             # each process its share of every batch
 
-Every field of Config, at the end of --help, is a flag. A run folder holds run.json (configuration,
-command, machine, seconds), log.jsonl (a JSON object a line), vae.pt (first stage), model.pt (token
-encoder, U-Net and its average), and from evaluate.py scores.json, codes.npz and figures.
+Every field of Config is a flag. A run folder holds run.json (configuration, command, machine),
+log.jsonl, vae.pt (first stage), model.pt (token encoder, U-Net and its average).
 
 Letters:  B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import inspect
@@ -47,59 +44,59 @@ from vae import FIRST_STAGES, Autoencoder
 
 @dataclass
 class Config:
-    """What a run can be told. Defaults: preset small. In brackets: the authors' released code."""
-    preset: str = "small"           # tiny, small or paper: the values that the others start from
+    """Defaults: preset small. The authors' values: PRESETS["paper"], below."""
+    preset: str = "small"           # tiny, small or paper: what the others start from
     # the run
     data: str = ""                  # data file or folder of images; empty: the built-in world
     cache: str = ""                 # folder for the unpacked data; empty: beside the file
     out: str = ""                   # run folder; empty: runs/<data>-<preset>-<seed>
     vae: str = ""                   # another run, whose first stage is used instead of a new one
     seed: int = 0                   # of weights, batches and noise
-    device: str = "auto"            # cpu, cuda, mps; auto: the first of cuda, mps, cpu there is
+    device: str = "auto"            # cpu, cuda, mps, or the best there is
     precision: str = "float32"      # float32 or bfloat16, of token encoder and U-Net
     compile: bool = False           # torch.compile the networks
-    score_images: int = 0           # images encoded for the scores, at random; 0: all [all]
+    score_images: int = 0           # images to encode for the scores; 0: all
     # first stage
-    first_stage: str = "kl"         # kl or vq [vq]
-    vae_channels: int = 32          # width of its finest level [32]
-    vae_multipliers: tuple = (1, 2)     # width of each level / vae_channels [1,2,4]
-    vae_res_blocks: int = 1         # residual blocks a level [2]
-    vae_groups: int = 8             # of its group norms [32]
-    vae_patch: int = 4              # images are first cut into squares of this side [1: not]
-    latent_channels: int = 4        # Z [3]
-    vae_steps: int = 4000           # training steps [not known]
-    vae_batch_size: int = 16        # images a step [128 x 2 accumulations]
-    vae_lr: float = 5e-3            # highest learning rate of its Adam [1.15e-3]
-    vae_betas: tuple = (0.9, 0.99)  # of its Adam [0.5,0.9]
+    first_stage: str = "kl"         # kl or vq
+    vae_channels: int = 32          # width of its finest level
+    vae_multipliers: tuple = (1, 2)     # width of each level / vae_channels
+    vae_res_blocks: int = 1         # residual blocks a level
+    vae_groups: int = 8             # of its group norms
+    vae_patch: int = 4              # images are first cut into squares of this side
+    latent_channels: int = 4        # Z
+    vae_steps: int = 4000           # training steps
+    vae_batch_size: int = 16        # images a step
+    vae_lr: float = 5e-3            # highest, of its Adam
+    vae_betas: tuple = (0.9, 0.99)  # of its Adam
     # token encoder
-    encoder: str = "scalar"         # kind of tokens: scalar, vector or slot [scalar]
-    tokens: int = 20                # N [20]
-    token_dim: int = 16             # D [16; the paper's text: 32]
-    encoder_width: int = 64         # channels of its trunk [128]
-    encoder_strides: tuple = (4, 2, 2)  # of its convolutions, 2 or 4 each [2,2,2,2]
+    encoder: str = "scalar"         # kind of tokens: scalar, vector or slot
+    tokens: int = 20                # N
+    token_dim: int = 16             # D
+    encoder_width: int = 64         # channels of its trunk
+    encoder_strides: tuple = (4, 2, 2)  # of its convolutions, 2 or 4 each
     # U-Net
-    channels: int = 32              # width of its finest level [64]
-    multipliers: tuple = (1, 2)     # width of each level / channels [1,2,4,4]
-    res_blocks: int = 1             # residual blocks a level, one more on the way up [2]
-    groups: int = 8                 # of its group norms [32]
-    attention_levels: int = 2       # levels with transformer blocks, from the finest [3]
-    heads: int = 2                  # of every attention [8]
-    conditioning: str = "cross-attention"   # or adagn, an ablation [cross-attention]
+    channels: int = 32              # width of its finest level
+    multipliers: tuple = (1, 2)     # width of each level / channels
+    res_blocks: int = 1             # residual blocks a level, one more on the way up
+    groups: int = 8                 # of its group norms
+    attention_levels: int = 2       # levels with transformer blocks, from the finest
+    heads: int = 2                  # of every attention
+    conditioning: str = "cross-attention"   # or adagn, an ablation
     # diffusion
-    schedule: str = "linear"        # linear, sqrt_linear, sqrt or cosine [linear; text: cosine]
-    loss: str = "l1"                # l1 or l2, of the predicted noise [l1; text: l2]
-    stratified: bool = True         # one t of each B-th part of 0..T-1, not B independent t [no]
-    t_power: float = 1.0            # t = T u^p, u uniform; above 1: mostly low noise [1]
-    objective: str = "diffusion"    # ablations: reconstruct, reconstruct-unet [diffusion]
+    schedule: str = "linear"        # linear, sqrt_linear, sqrt or cosine
+    loss: str = "l1"                # l1 or l2, of the predicted noise
+    stratified: bool = True         # one t of each B-th part of 0..T-1
+    t_power: float = 1.0            # t = T u^p, u uniform; above 1: mostly low noise
+    objective: str = "diffusion"    # ablations: reconstruct, reconstruct-unet
     # optimisation of encoder and U-Net
-    steps: int = 36000              # training steps [not given; reruns: 37,500]
-    batch_size: int = 16            # B [128; text: 64]
-    lr: float = 3e-3                # highest learning rate of AdamW [2.56e-4; text: 1e-4]
-    betas: tuple = (0.9, 0.99)      # of AdamW [0.9,0.999]
-    warmup: int = 300               # steps in which the learning rate rises [10000]
-    decay: str = "cosine"           # it falls to 0, the first stage's too; or none [none]
-    clip: float = 1.0               # largest norm of the gradient; 0: any [0]
-    ema: float = 0.999              # limit of the decay of the U-Net's average [0.9999]
+    steps: int = 36000              # training steps
+    batch_size: int = 16            # B
+    lr: float = 3e-3                # highest, of AdamW
+    betas: tuple = (0.9, 0.99)      # of AdamW
+    warmup: int = 300               # steps in which the learning rate rises
+    decay: str = "cosine"           # it falls to 0, the first stage's too; or none
+    clip: float = 1.0               # largest norm of the gradient; 0: any
+    ema: float = 0.999              # limit of the decay of the U-Net's average
 
 
 # DEVIATION: tiny and small are not the paper's sizes and constants; they were chosen by trials on
@@ -126,7 +123,7 @@ CHOICES = {
 
 
 def parse(argv: list[str] | None) -> tuple[Config, bool]:
-    """The configuration that the command line asks for, and whether a run is resumed."""
+    """The configuration asked for, and whether a run is resumed."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
@@ -144,20 +141,18 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
         if given.get(name):
             given[name] = os.path.abspath(os.path.expanduser(given[name]))
 
-    if "resume" not in given:
-        fixed = [name for name in given if is_first_stage(name)]
-        if "vae" in given and fixed:
-            raise InputError(f"--vae takes the first stage's settings from {given['vae']}: leave "
-                             f"out {', '.join(fixed).replace('_', '-')}")
-        cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
-        name = f"{Path(cfg.data).stem or 'world'}-{cfg.preset}-{cfg.seed}"
-        return dataclasses.replace(cfg, out=cfg.out or os.path.abspath(f"runs/{name}")), False
-    folder = given.pop("resume")
-    wrong = set(given) - {"steps", "device", "data", "cache"}
-    if wrong:
-        raise InputError("--resume takes all but --steps, --device, --data and --cache from the "
-                         f"run: leave out {', '.join(sorted(wrong)).replace('_', '-')}")
-    return dataclasses.replace(config_of(read_run(folder)), out=folder, **given), True
+    folder = given.pop("resume", None)
+    if folder:
+        wrong = set(given) - {"steps", "device", "data", "cache"}
+        if wrong:
+            raise InputError("with --resume go only --steps, --device, --data and --cache: leave "
+                             f"out {', '.join(sorted(wrong)).replace('_', '-')}")
+        return dataclasses.replace(config_of(read_run(folder)), out=folder, **given), True
+    cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
+    if not cfg.out:
+        name = Path(cfg.data).stem or "world"
+        cfg.out = os.path.abspath(f"runs/{name}-{cfg.preset}-{cfg.seed}")
+    return cfg, False
 
 
 def is_first_stage(name: str) -> bool:
@@ -166,9 +161,8 @@ def is_first_stage(name: str) -> bool:
 
 
 def numbers(text: str) -> tuple:
-    """'1,2,4' -> (1, 2, 4); '0.9,0.99' -> (0.9, 0.99)"""
-    parts = text.strip("()").split(",")
-    return tuple(float(part) if "." in part else int(part) for part in parts)
+    """'1,2,4' -> (1, 2, 4)"""
+    return tuple(json.loads(f"[{text}]"))
 
 
 def check(cfg: Config):
@@ -179,31 +173,17 @@ def check(cfg: Config):
             wrong = type(number) in (int, float) and not 0 < number < 2**32
             if wrong and not (number == 0 and name in may_be_zero):
                 raise InputError(f"--{name.replace('_', '-')} {number} is out of range")
-    if not all(type(m) is int for m in (*cfg.multipliers, *cfg.vae_multipliers)):
-        raise InputError("the multipliers of widths are whole numbers, such as 1,2")
-    for betas in (cfg.betas, cfg.vae_betas):
-        if len(betas) != 2 or max(betas) >= 1:
-            raise InputError(f"Adam's betas are two numbers below 1, not {betas}")
-    if set(cfg.encoder_strides) - {2, 4} or math.prod(cfg.encoder_strides) > 64:
-        raise InputError(f"--encoder-strides {cfg.encoder_strides}: 2 or 4 each, product <= 64")
-    check_sizes(cfg)
-
-
-def check_sizes(cfg: Config):
-    """InputError when widths cannot be divided, or images not be halved, as often as asked for."""
-    for channels, multipliers, divisor in (
-        (cfg.vae_channels, cfg.vae_multipliers, cfg.vae_groups),
-        (cfg.channels, cfg.multipliers, cfg.groups),
-        (cfg.channels, cfg.multipliers, cfg.heads),
+    for width, parts in (
+        (cfg.vae_channels, cfg.vae_groups),
+        (cfg.channels, cfg.groups),
+        (cfg.channels, cfg.heads),
     ):
-        for multiplier in multipliers:
-            if channels * multiplier % divisor:
-                raise InputError(f"a width of {channels * multiplier} cannot be divided into "
-                                 f"{divisor} groups or heads: change one of them")
+        if width % parts:
+            raise InputError(f"{width} channels cannot be divided into {parts} groups or heads")
     halvings = len(cfg.vae_multipliers) + len(cfg.multipliers) - 2
     if 64 % (cfg.vae_patch * 2**halvings):
-        raise InputError(f"64-pixel images cannot be cut into patches of {cfg.vae_patch} and then "
-                         f"halved {halvings} times by the first stage and the U-Net")
+        raise InputError(f"64 pixels cannot be cut into patches of {cfg.vae_patch} and then halved "
+                         f"{halvings} times")
     if cfg.conditioning == "adagn" and cfg.objective == "reconstruct":
         raise InputError("--objective reconstruct has no time embedding for --conditioning adagn")
 
@@ -211,7 +191,6 @@ def check_sizes(cfg: Config):
 # ---- networks ----
 
 def build_vae(cfg: Config) -> Autoencoder:
-    """The first stage."""
     return Autoencoder(
         kind=cfg.first_stage,
         channels=cfg.vae_channels,
@@ -224,7 +203,6 @@ def build_vae(cfg: Config) -> Autoencoder:
 
 
 def build_encoder(cfg: Config) -> ConceptEncoder:
-    """The token encoder."""
     return ConceptEncoder(
         kind=cfg.encoder,
         n_tokens=cfg.tokens,
@@ -258,8 +236,7 @@ def latent_shape(cfg: Config) -> tuple[int, int, int]:
 
 
 def fixed_input(cfg: Config) -> torch.Tensor:
-    """One draw of N(0, I), (1, Z, h, w), the same in all runs: the U-Net's input in the ablation
-    "reconstruct-unet", and in evaluate.py the x_T from which all images are sampled."""
+    """One x_T, (1, Z, h, w), the same in all runs, for sampling and the ablation without noise."""
     return torch.randn(1, *latent_shape(cfg), generator=torch.Generator().manual_seed(0))
 
 
@@ -273,8 +250,8 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     optimizer = torch.optim.Adam(vae.parameters(), cfg.vae_lr, cfg.vae_betas, fused=fused)
     checkpoint = Path(cfg.out) / "vae.pt"
     parts = dict(vae=vae, optimizer=optimizer)
-    start = restore(checkpoint, parts)
-    log = Log(cfg, "vae", start, cfg.vae_steps)
+    start, seconds = restore(checkpoint, parts)
+    log = Log(cfg, "vae", start, cfg.vae_steps, seconds)
     rank, processes = ranks()
     B = cfg.vae_batch_size // processes
     model = wrap(vae, cfg)
@@ -287,11 +264,11 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
             vae.codebook.init_from(vae.encoder(draw_images(256)))
     for step in range(start, cfg.vae_steps):
         seed_step(cfg.seed, step)
-        images = draw_images(B)                         # (B, 3, 64, 64)
+        images = draw_images(B)             # (B, 3, 64, 64)
         loss, l1 = model(images)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), math.inf)  # measured, not clipped
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), math.inf)  # not clipped
         lr = learning_rate(step, cfg.vae_steps, cfg.vae_lr, warmup=100, decay=cfg.decay)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -301,7 +278,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
             if processes > 1:
                 dist.broadcast(vae.scale, src=0)
         if log.add(l1, norm):
-            save_checkpoint(checkpoint, cfg, step + 1, parts)
+            save_checkpoint(checkpoint, cfg, step + 1, log.seconds(), parts)
     return vae.eval().requires_grad_(False)
 
 
@@ -316,40 +293,37 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     diffusion = Diffusion(cfg.schedule).to(device)
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
     unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(unet).requires_grad_(False)     # of the U-Net alone, as the authors have it
+    ema = copy.deepcopy(unet).requires_grad_(False)  # of the U-Net alone, as the authors have it
     fused = device.type != "mps"
     params = [*encoder.parameters(), *unet.parameters()]
     optimizer = torch.optim.AdamW(params, cfg.lr, cfg.betas, weight_decay=0.01, fused=fused)
     checkpoint = Path(cfg.out) / "model.pt"
     parts = dict(encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
-    start = restore(checkpoint, parts)
-    log = Log(cfg, "tokens", start, cfg.steps)
+    start, seconds = restore(checkpoint, parts)
+    log = Log(cfg, "tokens", start, cfg.steps, seconds)
     B, T = cfg.batch_size // ranks()[1], diffusion.steps
-    constant = fixed_input(cfg).to(device)              # of an ablation, see below
+    constant = fixed_input(cfg).to(device)  # of an ablation, see below
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
-    raw_unet = unet                                     # not compiled, not distributed
+    raw_unet = unet                         # not compiled, not distributed
     encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
-    encode = torch.compile(vae.encode) if cfg.compile else vae.encode
 
     for step in range(start, cfg.steps):
         seed_step(cfg.seed, step)
-        images = ds.images(torch.randint(len(ds), (B,)))
-        images = move(images, device)                   # (B, 3, 64, 64)
-        x_0 = encode(images)                            # (B, Z, h, w)
+        images = move(ds.images(torch.randint(len(ds), (B,))), device)  # (B, 3, 64, 64)
+        x_0 = vae.encode(images)            # (B, Z, h, w)
         u = torch.rand(B)
-        if cfg.stratified:                              # DEVIATION: one t of each B-th part
+        if cfg.stratified:                  # DEVIATION: one t of each B-th part
             u = (torch.arange(B) + u) / B
-        t = (T * u**cfg.t_power).long().clamp(max=T - 1)
-        t = move(t, device)                             # (B,)
+        t = move((T * u**cfg.t_power).long().clamp(max=T - 1), device)  # (B,)
         eps = torch.randn_like(x_0)
-        x_t = diffusion.q_sample(x_0, t, eps)           # (B, Z, h, w)
+        x_t = diffusion.q_sample(x_0, t, eps)  # (B, Z, h, w)
         target = eps
-        if cfg.objective != "diffusion":                # ablations: x_0 from tokens alone
+        if cfg.objective != "diffusion":    # ablations: x_0 from tokens alone
             x_t, t, target = constant.expand_as(x_0), torch.zeros_like(t), x_0
 
-        with autocast(cfg, device):
-            tokens = encoder(images)                    # (B, N, D)
-            eps_pred = unet(x_t, t, tokens)             # (B, Z, h, w)
+        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bfloat16"):
+            tokens = encoder(images)        # (B, N, D)
+            eps_pred = unet(x_t, t, tokens)  # (B, Z, h, w)
             loss = loss_function(eps_pred, target)
         optimizer.zero_grad()
         loss.backward()
@@ -359,11 +333,11 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
         optimizer.step()
         update_ema(ema, raw_unet, ema_decay(step + 1, cfg.ema))
         if log.add(loss, norm):
-            save_checkpoint(checkpoint, cfg, step + 1, parts)
+            save_checkpoint(checkpoint, cfg, step + 1, log.seconds(), parts)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
-    """Linear warm-up to `peak`; "cosine" multiplies it by a half cosine from 1 down to 0."""
+    """Linear warm-up; decay "cosine" multiplies it by a half cosine from 1 down to 0."""
     lr = peak * min(1.0, (step + 1) / max(1, warmup))
     if decay == "cosine":
         lr *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -371,21 +345,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: str) -
 
 
 def ema_decay(n: int, limit: float = 0.9999) -> float:
-    """Decay of the moving average at its n-th update, n = 1, 2, ..: a short memory early.
-
-    As in latent diffusion's code, with which EncDiff's authors train.
-    """
+    """Decay of the moving average at its n-th update, n = 1, 2, .. (latent diffusion's code)."""
     return min(limit, (1 + n) / (10 + n))
 
 
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float):
-    """ema <- decay * ema + (1 - decay) * model, parameter by parameter, in place."""
+    """ema <- decay * ema + (1 - decay) * model, in place."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def seed_step(seed: int, step: int):
-    """Seeds a step's draws, in every process other ones: a resumed run draws what it would have."""
+    """Each step and process has a seed of its own: a resumed run draws what it would have."""
     rank, processes = ranks()
     torch.manual_seed(seed * 10**9 + step * processes + rank)
 
@@ -393,36 +364,35 @@ def seed_step(seed: int, step: int):
 # ---- devices and processes ----
 
 def choose_device(name: str) -> torch.device:
-    """"auto" or a name -> torch.device; under torchrun each process its own GPU. InputError."""
+    """The device of this name, or the best for "auto"; under torchrun a GPU a process."""
+    available = {
+        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True
+    }
     if name == "auto":
-        mps = torch.backends.mps.is_available() and "RANK" not in os.environ
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = next(device for device in available if available[device])
+    if not available.get(name):
+        raise InputError(f"--device {name} is not available here: try cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"--device {name} cannot be used here ({reason}): try cpu") from error
     return torch.device(name)
 
 
 def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """x on the device. A GPU that is still busy with the step before is not waited for."""
+    """x on the device, without waiting for a GPU that is busy with the step before."""
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def ranks() -> tuple[int, int]:
-    """The number of this process and of all processes: 0 and 1 unless torchrun started several."""
+    """The number of this process and how many there are."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def wrap(module: torch.nn.Module, cfg: Config) -> torch.nn.Module:
-    """The module compiled if asked for, its gradients averaged over the processes if several."""
+    """Compiled if asked for; with several processes, gradients are averaged over them."""
     if cfg.compile:
         module = torch.compile(module)
     if dist.is_initialized():
@@ -430,38 +400,25 @@ def wrap(module: torch.nn.Module, cfg: Config) -> torch.nn.Module:
     return module
 
 
-def autocast(cfg: Config, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context in which the networks compute in cfg.precision."""
-    if cfg.precision == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 # ---- run folder and checkpoints ----
 
-LOG_EVERY = 50                          # steps between two lines of the log
-SAVE_EVERY = 60                         # seconds between two checkpoints, which follow a line
+LOG_EVERY = 50                              # steps between two lines of the log
+SAVE_EVERY = 60                             # seconds between two checkpoints, which follow a line
 
 
 class Log:
-    """The progress of one stage: its lines in log.jsonl, its bar, and when to save."""
+    """The progress of one stage: its lines in log.jsonl, its bar, and when to save.
 
-    def __init__(self, cfg: Config, stage: str, start: int, steps: int):
+    After an interruption the steps since the last checkpoint are taken, and logged, again.
+    """
+
+    def __init__(self, cfg: Config, stage: str, start: int, steps: int, seconds: float):
         self.path = Path(cfg.out) / "log.jsonl"
         self.stage, self.step, self.steps = stage, start, steps
-        self.losses = []                                # since the last line
-        self.seconds = 0.0
-        kept = ""                                       # lines up to the checkpoint
-        for line in read_log(cfg.out):
-            if line["stage"] != stage or line["step"] <= start:
-                kept += json.dumps(line) + "\n"
-            if line["stage"] == stage and line["step"] <= start:
-                self.seconds = line["seconds"]
-        self.is_first = ranks()[0] == 0                 # the process that writes
-        if self.is_first:
-            with atomic(self.path) as temporary:
-                temporary.write_text(kept)
-        self.started = self.saved = time.monotonic()
+        self.losses = []                    # since the last line
+        self.saved = time.monotonic()
+        self.started = self.saved - seconds  # as if it had never stopped
+        self.is_first = ranks()[0] == 0     # the process that writes
         hidden = start >= steps or not self.is_first
         self.bar = tqdm(total=steps, initial=start, desc=stage, mininterval=1.0, disable=hidden)
 
@@ -477,51 +434,45 @@ class Log:
         loss = torch.stack(self.losses).mean().item()
         if not math.isfinite(loss + norm.item()):
             raise InputError(f"the {self.stage} loss diverged before step {self.step}: start again "
-                             "with a lower learning rate; the last checkpoint is kept")
-        now = time.monotonic()
-        seconds = round(self.seconds + now - self.started, 2)
-        line = dict(stage=self.stage, step=self.step, loss=round(loss, 6), seconds=seconds)
+                             "with a lower learning rate")
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.bar.update(len(self.losses))
         self.losses = []
         if not self.is_first:
             return False
+        line = dict(stage=self.stage, step=self.step, loss=round(loss, 6), seconds=self.seconds())
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        if now - self.saved < SAVE_EVERY and self.step < self.steps:
+        if time.monotonic() - self.saved < SAVE_EVERY and self.step < self.steps:
             return False
-        self.saved = now
+        self.saved = time.monotonic()
         return True
 
-
-def read_log(folder: str | Path) -> list[dict]:
-    """The lines of a run's log: stage, step, mean loss since the last line, seconds so far."""
-    path = Path(folder) / "log.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
+    def seconds(self) -> float:
+        """How long the stage has been running, earlier sessions included."""
+        return round(time.monotonic() - self.started, 2)
 
 
-def save_checkpoint(path: Path, cfg: Config, step: int, parts: dict):
-    """Writes configuration, step and the states of the parts: plain types, whole or not at all."""
-    contents = dict(config=dataclasses.asdict(cfg), step=step)
+def save_checkpoint(path: Path, cfg: Config, step: int, seconds: float, parts: dict):
+    """Writes plain types alone, so that torch.load(.., weights_only=True) reads them."""
+    contents = dict(config=dataclasses.asdict(cfg), step=step, seconds=seconds)
+    contents["peak_memory_mib"] = peak_memory()
     for name, part in parts.items():
         contents[name] = part.state_dict()
     with atomic(path) as temporary:
         torch.save(contents, temporary)
 
 
-def restore(path: Path, parts: dict) -> int:
-    """Puts a checkpoint's states into the parts; the step to go on from, 0 without a checkpoint."""
-    return load_checkpoint(path, **parts)["step"] if path.exists() else 0
+def restore(path: Path, parts: dict) -> tuple[int, float]:
+    """Puts a checkpoint, if there is one, into the parts; returns its steps and seconds."""
+    if not path.exists():
+        return 0, 0.0
+    contents = load_checkpoint(path, **parts)
+    return contents["step"], contents["seconds"]
 
 
 def load_checkpoint(path: str | Path, **parts) -> dict:
-    """A checkpoint's contents, on the CPU; the states named in `parts` are put into these parts.
-
-    InputError when the file is missing, is no checkpoint, or is one of other sizes.
-    """
+    """A checkpoint's contents; the states named in `parts` are put into these. InputError."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -538,13 +489,12 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
 
 
 def write_json(path: Path, contents: dict | list):
-    """Writes a JSON file, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=1, allow_nan=False) + "\n")
 
 
 def read_run(folder: str | Path) -> dict:
-    """What run.json of a run folder says. InputError when there is none."""
+    """What run.json of a run folder says. InputError."""
     path = Path(folder) / "run.json"
     try:
         return json.loads(path.read_text())
@@ -555,7 +505,7 @@ def read_run(folder: str | Path) -> dict:
 
 
 def config_of(run: dict) -> Config:
-    """The configuration of what read_run returned. InputError when another version wrote it."""
+    """The configuration in what read_run returned. InputError when another version wrote it."""
     config = {}
     for name, value in run["config"].items():
         config[name] = tuple(value) if isinstance(value, list) else value
@@ -566,15 +516,12 @@ def config_of(run: dict) -> Config:
 
 
 def machine(device: torch.device) -> dict:
-    """What results depend on beside the configuration: command, commit, versions, processor."""
+    """What results depend on beside the configuration."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    words = []                                          # results hold no absolute paths
-    for word in sys.argv:
-        words.append(Path(word).name if os.path.isabs(word) else word)
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -582,7 +529,7 @@ def machine(device: torch.device) -> dict:
             if line.startswith("model name"):
                 processor = line.split(":")[1].strip()
     return dict(
-        command=" ".join(["python", *words]),
+        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         commit=commit,
         torch=torch.__version__,
         processor=processor,
@@ -592,51 +539,44 @@ def machine(device: torch.device) -> dict:
     )
 
 
-def peak_memory(device: torch.device) -> dict:
-    """The most memory used so far, in MiB: of the process (not on Windows) and of its GPU."""
+def peak_memory() -> dict:
+    """In MiB: of the process (not on Windows) and of its GPU."""
     peak = {}
     if sys.platform != "win32":
         import resource
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-    if device.type == "cuda":
-        peak["gpu"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if torch.cuda.is_initialized():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return peak
 
 
 # ---- the run ----
 
 def take_first_stage(cfg: Config) -> Config:
-    """cfg with the first-stage settings of the run cfg.vae. InputError if that is not finished."""
+    """cfg with the first-stage settings of the run cfg.vae. InputError."""
     other = load_checkpoint(Path(cfg.vae) / "vae.pt")
     settings = {name: v for name, v in other["config"].items() if is_first_stage(name)}
     if other["step"] < settings["vae_steps"]:
-        raise InputError(f"the first stage in {cfg.vae} is not finished: --resume that run")
+        raise InputError(f"the first stage of {cfg.vae} is not finished: --resume that run")
     cfg = dataclasses.replace(cfg, **settings)
     check(cfg)
     return cfg
 
 
 def prepare(cfg: Config, resume: bool, device: torch.device) -> Dataset:
-    """Makes the run folder, or looks at the one to go on with; writes run.json; opens the data.
-
-    InputError when the folder is in use, has gone further, or was trained on other data.
-    """
+    """Makes the run folder or checks the one to go on with; opens the data. InputError."""
     folder = Path(cfg.out)
-    if resume and (folder / "model.pt").exists():
-        taken = load_checkpoint(folder / "model.pt")["step"]
-        if taken > cfg.steps:
-            raise InputError(f"--steps {cfg.steps}: {folder} has taken {taken} steps already")
     if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already: go on with --resume {folder}, or choose "
-                         "another folder with --out")
+        raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
+                         "--out")
     ds = open_dataset(cfg.data, cfg.cache)
     run = read_run(folder) if resume else {}
     data = dict(name=ds.name, images=len(ds), factor_sizes=list(ds.factor_sizes), source=ds.source)
     was = run.get("data", data)
     if (was["images"], was["factor_sizes"]) != (data["images"], data["factor_sizes"]):
-        raise InputError(f"{folder} was trained on {was['images']} images of {was['name']}; "
-                         f"{cfg.data or 'the built-in world'} has {len(ds)} of {ds.name}")
+        raise InputError(f"{folder} was trained on {was['images']} images of {was['name']}, not on "
+                         f"{len(ds)} of {ds.name}")
     if cfg.vae and not resume:
         cfg = take_first_stage(cfg)
     folder.mkdir(parents=True, exist_ok=True)
@@ -645,45 +585,36 @@ def prepare(cfg: Config, resume: bool, device: torch.device) -> Dataset:
             shutil.copyfile(Path(cfg.vae) / "vae.pt", temporary)
     run["config"] = dataclasses.asdict(cfg)
     run["data"] = data
-    run.setdefault("machine", machine(device))          # where it was started
-    run["parameters"] = {}
-    for part in (build_vae(cfg), build_encoder(cfg), build_unet(cfg)):
-        run["parameters"][type(part).__name__] = sum(p.numel() for p in part.parameters())
+    run.setdefault("machine", machine(device))  # where it was started
     write_json(folder / "run.json", run)
     for name, value in run["config"].items():
         print(f"{name}: {value}")
-    print("parameters:", run["parameters"])
     return ds
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Trains a run and returns its folder. InputError for a mistake in what it was given."""
+    """Trains a run and returns its folder. InputError for a user's mistake."""
     cfg, resume = parse(argv)
     check(cfg)
     device = choose_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32, as convolutions have by default
-    if "RANK" in os.environ:                            # torchrun started this process
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
+    if "RANK" in os.environ:                # torchrun started this process
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, processes = ranks()
     if cfg.batch_size % processes or cfg.vae_batch_size % processes:
-        raise InputError(f"the {processes} processes cannot share batches of {cfg.batch_size} and "
-                         f"{cfg.vae_batch_size} images evenly")
+        raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
+                         f"{cfg.vae_batch_size} evenly")
     if rank == 0:
         ds = prepare(cfg, resume, device)
     if processes > 1:
         dist.barrier()
-    run = read_run(cfg.out)
-    cfg = config_of(run)
+    cfg = config_of(read_run(cfg.out))
     if rank > 0:
         ds = open_dataset(cfg.data, cfg.cache)
     vae = train_vae(cfg, ds, device)
     train_tokens(cfg, ds, vae, device)
-    if rank == 0:
-        run["seconds"] = {line["stage"]: line["seconds"] for line in read_log(cfg.out)}
-        run["peak_memory_mib"] = peak_memory(device)
-        write_json(Path(cfg.out) / "run.json", run)
     if dist.is_initialized():
         dist.destroy_process_group()
     return cfg.out

@@ -1,14 +1,12 @@
 """The first stage of EncDiff: an autoencoder whose latent, not the image, is diffused.
 
-Implements the convolutional autoencoder of latent diffusion (Rombach et al. 2022, section 3.1) in
-both of its forms: KL (a Gaussian latent, pulled gently towards N(0, I)) and VQ (a latent that is
-replaced by the nearest vectors of a codebook; van den Oord et al. 2017). It is trained first, then
-frozen. As in EncDiff, the latent is taken before quantisation, and quantising is the first step of
-decoding. x_0, what the diffusion sees, is the latent times the buffer `scale`, one over its
-standard deviation.
+The convolutional autoencoder of latent diffusion (Rombach et al. 2022, section 3.1), trained first,
+then frozen. "kl": a Gaussian latent, pulled towards N(0, I). "vq": a latent replaced by the
+nearest vectors of a codebook (van den Oord et al. 2017); as in EncDiff, x_0 is taken before that,
+and decoding begins with it.
 
-DEVIATION: neither a perceptual (LPIPS) nor a patch-discriminator term (the authors' first-stage
-configuration has both): LPIPS needs downloaded weights. The loss is L1 + codebook (or KL) alone.
+DEVIATION: the loss is L1 + codebook (or KL) alone, without the authors' LPIPS (it needs downloaded
+weights) and patch discriminator.
 
 Exports: FIRST_STAGES, Autoencoder.
 
@@ -21,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FIRST_STAGES = ("kl", "vq")
+KL_WEIGHT = 1e-6   # latent diffusion's
+COMMITMENT = 0.25  # beta of VQ-VAE, the authors'
 
 
 class ResBlock(nn.Module):
@@ -42,9 +42,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C_in, H, W). Returns (B, C, H, W)."""
-        y = self.conv_1(F.silu(self.norm_1(x)))         # (B, C, H, W)
-        y = self.conv_2(F.silu(self.norm_2(y)))         # (B, C, H, W)
-        return self.skip(x) + y                         # (B, C, H, W)
+        y = self.conv_1(F.silu(self.norm_1(x)))
+        y = self.conv_2(F.silu(self.norm_2(y)))
+        return self.skip(x) + y
 
 
 def build_encoder(
@@ -82,7 +82,7 @@ def build_decoder(
             layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
             layers.append(nn.Conv2d(c, c, 3, padding=1))
     layers += [nn.GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, 3 * patch**2, 3, padding=1)]
-    layers.append(nn.PixelShuffle(patch))               # with patch 1 the identity
+    layers.append(nn.PixelShuffle(patch))  # with patch 1 the identity
     return nn.Sequential(*layers)
 
 
@@ -96,15 +96,12 @@ class Codebook(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """latent: (B, Z, h, w). Returns its nearest vectors in the same shape."""
-        return self.vectors(self.nearest(latent)).permute(0, 3, 1, 2)  # (B, Z, h, w)
-
-    def nearest(self, latent: Tensor) -> Tensor:
-        """latent: (B, Z, h, w). Returns the index (B, h, w) of the nearest vector."""
-        x = latent.permute(0, 2, 3, 1)                  # (B, h, w, Z)
-        e = self.vectors.weight                         # (V, Z)
+        x = latent.permute(0, 2, 3, 1)  # (B, h, w, Z)
+        e = self.vectors.weight         # (V, Z)
         # |x - e|^2 = |x|^2 - 2 x.e + |e|^2, and |x|^2 does not change which e is nearest
         distance = e.square().sum(dim=1) - 2 * x @ e.t()  # (B, h, w, V)
-        return distance.argmin(dim=-1)                  # (B, h, w)
+        nearest = distance.argmin(dim=-1)                 # (B, h, w)
+        return self.vectors(nearest).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def init_from(self, latent: Tensor):
@@ -112,73 +109,67 @@ class Codebook(nn.Module):
 
         DEVIATION: latent diffusion starts from uniform numbers, of which many are never used.
         """
-        x = latent.permute(0, 2, 3, 1).flatten(0, 2)    # (B*h*w, Z)
+        x = latent.permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, Z)
         rows = torch.randint(len(x), (len(self.vectors.weight),), device=x.device)
         noise = 0.01 * x.std() * torch.randn_like(self.vectors.weight)
-        self.vectors.weight.copy_(x[rows] + noise)      # (V, Z)
+        self.vectors.weight.copy_(x[rows] + noise)    # (V, Z)
 
 
 class Autoencoder(nn.Module):
     """First stage: images (B, 3, H, W) in [-1, 1] <-> x_0 (B, Z, h, w) of unit standard deviation.
 
-    DEVIATION: latent diffusion's code always has attention in the middle and 1x1 convolutions
-    around the latent; this has neither.
+    DEVIATION: without latent diffusion's middle attention and 1x1 convolutions around the latent.
     """
 
     def __init__(
         self,
-        kind: str = "vq",                               # one of FIRST_STAGES
-        channels: int = 32,                             # width of the finest level
-        multipliers: tuple[int, ...] = (1, 2, 4),       # width of each level / channels
-        res_blocks: int = 2,                            # a level
-        latent_channels: int = 3,                       # Z
-        patch: int = 1,                                 # side of the squares images are cut into
-        groups: int = 32,                               # of the group norms
-        codebook_size: int = 2048,                      # V, of "vq"
-        kl_weight: float = 1e-6,                        # of "kl", latent diffusion's
-        commitment: float = 0.25,                       # of "vq", the authors'
+        kind: str = "vq",                          # one of FIRST_STAGES
+        channels: int = 32,
+        multipliers: tuple[int, ...] = (1, 2, 4),  # width of each level / channels
+        res_blocks: int = 2,                       # a level; one more a level of the decoder
+        latent_channels: int = 3,                  # Z
+        patch: int = 1,                            # side of the squares images are cut into
+        groups: int = 32,
+        codebook_size: int = 2048,                 # V, of "vq"
     ):
         super().__init__()
         if kind not in FIRST_STAGES:
             raise ValueError(f"unknown first stage {kind!r}: choose {' or '.join(FIRST_STAGES)}")
         self.kind = kind
-        self.kl_weight = kl_weight
-        self.commitment = commitment
         widths = [channels * m for m in multipliers]
         out_channels = latent_channels
         if kind == "kl":
-            out_channels = 2 * latent_channels          # mean and log variance
+            out_channels = 2 * latent_channels  # mean and log variance
         self.encoder = build_encoder(widths, res_blocks, out_channels, patch, groups)
         self.decoder = build_decoder(widths, res_blocks, latent_channels, patch, groups)
         self.codebook = Codebook(codebook_size, latent_channels) if kind == "vq" else None
-        self.register_buffer("scale", torch.ones(()))   # 1 / std of the latent, set after training
+        self.register_buffer("scale", torch.ones(()))  # 1 / std of the latent
 
     # ---- what the diffusion uses ----
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) in [-1, 1]. Returns x_0: (B, Z, h, w), before quantisation.
 
-        DEVIATION: for KL the mean, not a draw (latent diffusion draws), so that an image has one
-        latent; at its KL weight the two hardly differ.
+        DEVIATION: for KL the mean, where latent diffusion draws: an image has one latent.
         """
-        latent = self.encoder(images)                   # (B, Z or 2Z, h, w)
+        latent = self.encoder(images)           # (B, Z or 2Z, h, w)
         if self.kind == "kl":
-            latent, _ = latent.chunk(2, dim=1)          # (B, Z, h, w)
+            latent, _ = latent.chunk(2, dim=1)  # (B, Z, h, w)
         return self.scale * latent
 
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0: (B, Z, h, w) as from encode. Returns images (B, 3, H, W), not clipped to [-1, 1]."""
-        latent = x_0 / self.scale                       # (B, Z, h, w)
+        latent = x_0 / self.scale
         if self.kind == "vq":
-            latent = self.codebook(latent)              # (B, Z, h, w)
-        return self.decoder(latent)                     # (B, 3, H, W)
+            latent = self.codebook(latent)
+        return self.decoder(latent)
 
     # ---- training ----
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and of it the L1 reconstruction error alone: two scalars.
 
-        images: (B, 3, H, W) in [-1, 1]. Both are means over all numbers of the batch.
+        images: (B, 3, H, W) in [-1, 1]. Both are batch means.
         """
         if self.kind == "kl":
             latent, latent_loss = self.sample_gaussian(images)
@@ -190,26 +181,24 @@ class Autoencoder(nn.Module):
     def sample_gaussian(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """A draw of N(mean, variance), and its KL to N(0, I) (Kingma and Welling 2014).
 
-        Latent diffusion adds the KL to an error summed over an image's numbers; the error here is
-        their mean, so the KL is divided by their count.
+        The error is a mean over an image's numbers, in latent diffusion a sum: hence the division.
         """
         mean, log_var = self.encoder(images).chunk(2, dim=1)  # (B, Z, h, w) each
         log_var = log_var.clamp(-30, 20)
-        latent = mean + (0.5 * log_var).exp() * torch.randn_like(mean)  # (B, Z, h, w)
+        latent = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
         kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(dim=(1, 2, 3)).mean()
-        return latent, self.kl_weight * kl / images[0].numel()
+        return latent, KL_WEIGHT * kl / images[0].numel()
 
     def quantise(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest codebook vectors, and codebook and commitment terms (VQ-VAE, equation 3).
 
-        DEVIATION: by a legacy switch, latent diffusion's code weighs the codebook term by beta and
-        the commitment by 1; here they are weighed as VQ-VAE writes them.
+        DEVIATION: weighed as VQ-VAE writes them; latent diffusion's code swaps the two weights.
         """
-        latent = self.encoder(images)                   # (B, Z, h, w)
-        nearest = self.codebook(latent)                 # (B, Z, h, w)
+        latent = self.encoder(images)  # (B, Z, h, w)
+        nearest = self.codebook(latent)
         codebook_loss = F.mse_loss(nearest, latent.detach())
         commitment_loss = F.mse_loss(latent, nearest.detach())
-        loss = codebook_loss + self.commitment * commitment_loss
+        loss = codebook_loss + COMMITMENT * commitment_loss
         return latent + (nearest - latent).detach(), loss  # straight-through gradient
 
     @torch.no_grad()

@@ -59,6 +59,7 @@ class Step:
     def __init__(self, cfg, unet, device):
         torch.manual_seed(0)
         self.cfg, self.device = cfg, device
+        self.bfloat16 = cfg.precision == "bfloat16"
         self.encoder = train.build_encoder(cfg).to(device, memory_format=torch.channels_last)
         self.unet = unet.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(unet).requires_grad_(False)
@@ -73,7 +74,7 @@ class Step:
         t = torch.randint(1000, (len(self.x_0),), device=self.device)
         eps = torch.randn_like(self.x_0)
         x_t = self.diffusion.q_sample(self.x_0, t, eps)
-        with train.autocast(self.cfg, self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16):
             encoder, unet = self.compiled
             loss = F.l1_loss(unet(x_t, t, encoder(self.images)), eps)
         self.optimizer.zero_grad()
@@ -86,7 +87,7 @@ class Step:
         """64 latents by 50 steps of DDIM."""
         x_T = torch.randn(64, *train.latent_shape(self.cfg), device=self.device)
         tokens = torch.randn(64, self.cfg.tokens, self.cfg.token_dim, device=self.device)
-        with train.autocast(self.cfg, self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16):
             self.diffusion.ddim_sample(lambda x_t, t: self.unet(x_t, t, tokens), x_T)
 
 

@@ -79,6 +79,6 @@ def test_batches_that_cannot_be_shared_are_refused(npz, tmp_path):  # noqa: F811
     command += ["--nproc_per_node", "2", str(ROOT / "train.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "2 processes cannot share batches of 7 and 8 images" in done.stderr
+    assert "2 processes cannot share batches of 7 and 8 evenly" in done.stderr
     assert "Traceback (most recent call last):\n  File \"" + str(ROOT) not in done.stderr
     assert not Path(tmp_path / "run").exists()

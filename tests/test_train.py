@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import train
 from data import InputError
 from diffusion import Diffusion
-from train import Config, learning_rate, load_checkpoint, parse, read_log, read_run
+from train import Config, learning_rate, load_checkpoint, parse, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_UNET = (
@@ -55,6 +55,10 @@ def weights(folder):
         for name, value in checkpoint[part].items():
             weights[f"{part}.{name}"] = value
     return weights
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
 def same(a, b):
@@ -122,16 +126,16 @@ def test_a_run_writes_what_it_says(run):
         checkpoint = torch.load(folder / name, weights_only=True)
         assert checkpoint["config"]["tokens"] == 5
         assert checkpoint["step"] == step
+        assert checkpoint["seconds"] > 0
+        assert checkpoint["peak_memory_mib"]["process"] > 50
     run = read_run(folder)
     assert run["data"]["images"] == 40
     assert {"command", "commit", "torch", "processor", "threads"} <= set(run["machine"])
-    assert set(run["seconds"]) == {"vae", "tokens"}
-    assert run["peak_memory_mib"]["process"] > 50
 
 
 def test_the_log_has_the_mean_loss_since_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 4)
-    log = train.Log(Config(out=str(tmp_path)), "tokens", 0, 10)
+    log = train.Log(Config(out=str(tmp_path)), "tokens", 0, 10, 0.0)
     for loss in range(1, 11):
         log.add(torch.tensor(float(loss)), torch.tensor(1.0))
     assert [line["loss"] for line in read_log(tmp_path)] == [2.5, 6.5, 9.5]
@@ -173,7 +177,10 @@ def test_a_stopped_run_resumes_bit_for_bit(run, tmp_path, monkeypatch, stage, at
     torch.manual_seed(99)                                       # whatever happened since
     resumed = train.main(["--resume", str(tmp_path / "stopped")])
     assert same(weights(whole), weights(resumed))
-    losses = [[line["loss"] for line in read_log(folder)] for folder in (whole, resumed)]
+    losses = []
+    for folder in (whole, resumed):
+        lines = {(line["stage"], line["step"]): line["loss"] for line in read_log(folder)}
+        losses.append(lines)                                    # steps taken again are logged again
     assert losses[0] == losses[1]
 
 
@@ -206,7 +213,7 @@ def test_a_run_knows_its_data_wherever_it_is(run, npz, tmp_path, monkeypatch):
     other = tmp_path / "other.npz"
     images = np.zeros((6, 64, 64, 3), np.uint8)
     np.savez(other, images=images, labels=np.stack(np.unravel_index(np.arange(6), (2, 3)), 1))
-    with pytest.raises(InputError, match="trained on 40 images .*other.npz has 6"):
+    with pytest.raises(InputError, match="trained on 40 images .* 6 of other.npz"):
         train.main(["--resume", folder, "--steps", "33", "--data", str(other)])
 
 
@@ -224,8 +231,6 @@ def test_any_path_can_be_printed_on_any_terminal(npz, tmp_path):
 def test_the_first_stage_of_another_run(run, npz, tmp_path):
     first = run("first")
     second = run("second", f"--seed 1 --vae {first}")
-    with pytest.raises(InputError, match="leave out vae-channels"):
-        train.main(["--vae", first, "--vae-channels", "16", "--out", str(tmp_path / "third")])
     vae = [load_checkpoint(Path(folder) / "vae.pt")["vae"] for folder in (first, second)]
     assert same(*vae)
     assert not same(weights(first), weights(second))
@@ -245,8 +250,6 @@ def test_nothing_is_overwritten(run, tmp_path):
         train.main(["--resume", str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="leave out vae-lr"):
         train.main(["--resume", folder, "--vae-lr", "0.5"])
-    with pytest.raises(InputError, match="--steps 29: .* has taken 30"):
-        train.main(["--resume", folder, "--steps", "29"])
 
 
 def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
@@ -294,9 +297,8 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
 @pytest.mark.parametrize("flags, word", [
     ("--tokens 0", "--tokens"), ("--lr nan", "--lr"), ("--heads 3", "3 groups or heads"),
     ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 5 times"),
-    ("--multipliers 1.5,2", "whole numbers"), ("--vae-betas 0.9", "betas"),
-    ("--encoder-strides 3,2", "--encoder-strides"), ("--device quantum", "quantum"),
-    ("--seed 4294967296", "--seed"), ("--conditioning adagn --objective reconstruct", "adagn"),
+    ("--device quantum", "quantum"), ("--seed 4294967296", "--seed"),
+    ("--conditioning adagn --objective reconstruct", "adagn"),
 ])
 def test_impossible_values_write_nothing(tmp_path, flags, word):
     with pytest.raises(InputError, match=word):
