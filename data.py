@@ -46,17 +46,14 @@ class Dataset:
     factor_names, factor_sizes: tuples of length K, empty without factors. With factors, the images
     are all their combinations in order, the last factor varying fastest.
     attribute_names: tuple of length A. attributes: int64 (len, A) of 0 and 1, or None.
-    source: what identifies the images. An index and factors may be lists, arrays or tensors.
+    An index and factors may be lists, arrays or tensors.
     """
 
+    name = ""
     factor_names = ()
     factor_sizes = ()
     attribute_names = ()
     attributes = None
-
-    def __init__(self, name: str, source: dict):
-        self.name = name
-        self.source = source
 
     def __len__(self) -> int:
         return math.prod(self.factor_sizes)
@@ -67,24 +64,18 @@ class Dataset:
 
     def images(self, index) -> torch.Tensor:
         """index: (B,) in 0..len-1. Returns float32 (B, 3, H, W) in [-1, 1]."""
-        pixels = torch.from_numpy(self.pixels(self.checked(index)))  # (B, H, W, 3)
-        return pixels.permute(0, 3, 1, 2) / 127.5 - 1                # (B, 3, H, W)
+        pixels = torch.from_numpy(self.pixels(np.asarray(index)))  # (B, H, W, 3)
+        return pixels.permute(0, 3, 1, 2) / 127.5 - 1              # (B, 3, H, W)
 
     def factors(self, index) -> torch.Tensor:
         """index: (B,) in 0..len-1. Returns int64 (B, K): each factor's value, 0..size-1."""
-        values = np.unravel_index(self.checked(index), self.factor_sizes)  # K times (B,)
+        values = np.unravel_index(np.asarray(index), self.factor_sizes)  # K times (B,)
         return torch.from_numpy(np.stack(values, axis=1))
 
     def index(self, factors) -> torch.Tensor:
         """factors: (B, K), each 0..size-1. Returns int64 (B,): the images that have them."""
         values = tuple(np.asarray(factors).T)  # K times (B,)
         return torch.from_numpy(np.ravel_multi_index(values, self.factor_sizes))
-
-    def checked(self, index) -> np.ndarray:
-        index = np.asarray(index, dtype=np.int64)
-        if index.ndim != 1 or ((index < 0) | (index >= len(self))).any():
-            raise ValueError(f"index must be (B,) in 0..{len(self) - 1}, not {index}")
-        return index
 
 
 def open_dataset(path: str | Path | None = None, cache: str | Path | None = None) -> Dataset:
@@ -106,9 +97,8 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
         with h5py.File(path) as file:
             return open_arrays(path, cache, file, read_hdf5)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"cannot unpack {path} as HDF5, .npz or folder: if it is damaged, fetch it"
-                         " again; if its folder cannot be written, name another by --cache"
-                         f" ({error})") from error
+        raise InputError(f"cannot unpack {path} ({error}): fetch it again if it is damaged, name a "
+                         "--cache if its folder cannot be written") from error
 
 
 # ---- 2. What people download ----
@@ -126,7 +116,7 @@ class CachedDataset(Dataset):
             stat = source.stat()
             facts.append((source.name, stat.st_size, stat.st_mtime_ns))
         state = f"{zlib.crc32(repr(facts).encode()):08x}"
-        super().__init__(path.name, {"file": path.name, "state": state})
+        self.name = path.name
         folder = Path(cache or path.parent).expanduser()
         file = folder / f"{path.name}.{state}.cache.npy"
         if not file.exists():
@@ -208,23 +198,19 @@ def read_npz(file, key):
 
 def find_factors(path, n, labels):
     """Title, names and sizes of the factors: from labels (n, K) or, if they are empty, from n."""
-    columns, sizes = [], ()
+    sizes = ()
     for column in labels.T:
-        values, classes = np.unique(column, return_inverse=True)
-        if len(values) > 1:  # dSprites has one colour
-            columns.append(classes)  # (n,)
-            sizes += (len(values),)
+        size = len(np.unique(column))
+        if size > 1:  # dSprites has one colour
+            sizes += (size,)
     found = "", tuple(f"factor_{k}" for k in range(len(sizes))), sizes
     for grid in GRIDS:
         if sizes in ((), grid[2]) and math.prod(grid[2]) == n:
             found = grid
-    complete = math.prod(found[2]) == n
-    if complete and sizes:
-        complete = np.array_equal(np.ravel_multi_index(columns, sizes), np.arange(n))
-    if not complete:
+    in_order = not sizes or np.array_equal(np.unique(labels, axis=0), labels)
+    if math.prod(found[2]) != n or not in_order:
         raise InputError(f"{path} has {n} images and labels of {sizes} values: `labels` (n, K) must"
-                         " list all combinations in order, the last varying fastest; images without"
-                         " labels go into a folder")
+                         " list all combinations in order, the last varying fastest")
     return found
 
 
@@ -244,7 +230,7 @@ def open_folder(path, cache):
         files = [file for file in files if file.stem in attributes]
         print(f"{path}: {len(files)} of {found} images are in {lists[0].name}")
     if not files:
-        raise InputError(f"{path} has no JPEG, PNG or WebP image (CelebA: none of its list)")
+        raise InputError(f"{path} has no JPEG, PNG or WebP image (CelebA: in its list)")
     shape = (len(files), SIDE, SIDE, 3)
     blocks = (load_image(file, side) for file in files)
     ds = CachedDataset(path, cache, files + lists, shape, blocks)
@@ -433,7 +419,7 @@ class World(Dataset):
     """The built-in world: geometries are rendered at the start, colours are mixed on demand."""
 
     def __init__(self):
-        super().__init__("built-in world", {"file": ""})
+        self.name = "built-in world"
         _, self.factor_names, self.factor_sizes = GRIDS[0]
         weights = np.empty((8, 4, 15, 5, SIDE ** 2), np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):  # rays that miss

@@ -23,10 +23,9 @@ SCHEDULES = ("linear", "sqrt_linear", "sqrt", "cosine")
 def beta_schedule(name: str, steps: int = 1000) -> Tensor:
     """The noise variances beta_t of the forward process, (T,) float64 in (0, 1).
 
-    name: "linear" (linear in sqrt(beta), the name that latent diffusion's code gives it),
-    "sqrt_linear" (linear in beta), "sqrt" (square root of the latter) or "cosine" (Nichol and
-    Dhariwal 2021, equation 17). The first three are made for T = 1000: with few steps x_T still
-    shows x_0.
+    name, as in latent diffusion's code: "linear" (in sqrt(beta)!), "sqrt_linear" (linear in beta),
+    "sqrt" (square root of that) or "cosine" (Nichol and Dhariwal 2021, equation 17). The first
+    three, with the authors' range, are made for T = 1000: with few steps x_T still shows x_0.
     """
     first, last = 0.0015, 0.0155
     if name == "linear":
@@ -38,9 +37,9 @@ def beta_schedule(name: str, steps: int = 1000) -> Tensor:
     if name == "cosine":
         s = 0.008  # keeps beta_0 away from zero
         u = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2  # abar_t = f(t) / f(0)
+        f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2  # abar_t = f[t + 1] / f[0]
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+    raise ValueError(f"{name!r} is none of {SCHEDULES}")
 
 
 class Diffusion(nn.Module):
@@ -78,14 +77,12 @@ class Diffusion(nn.Module):
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t, a draw of q(x_t | x_0) with the given noise eps (DDPM equation 4)."""
         signal = extract(self.sqrt_abar, t, x_0) * x_0
-        noise = extract(self.sqrt_1m_abar, t, x_0) * eps
-        return (signal + noise).to(x_0.dtype)
+        return signal + extract(self.sqrt_1m_abar, t, x_0) * eps
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """q_sample solved for x_0: the clean latent that a noise prediction implies."""
-        noise = extract(self.sqrt_1m_abar, t, x_t) * eps
-        x_0 = (x_t - noise) / extract(self.sqrt_abar, t, x_t)
-        return x_0.to(x_t.dtype)
+        signal = x_t - extract(self.sqrt_1m_abar, t, x_t) * eps
+        return signal / extract(self.sqrt_abar, t, x_t)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
@@ -95,36 +92,34 @@ class Diffusion(nn.Module):
     def kl_to_noise(self, mean_square: float = 1.0) -> Tensor:
         """KL(q(x_t | x_0) || N(0, I)) per dimension, (T,): the width of EncDiff's bottleneck.
 
-        mean_square: E[x_0^2] of the latents, 1 for ours. The paper's figure fits twice this with
-        67.6 (values at t = 0 and shape); the posterior that its caption names does not fit.
+        mean_square: E[x_0^2] of the latents, about 1 for ours. The paper's figure fits twice this
+        KL with mean_square 67.6 (shape, value at t = 0), not the posterior that its caption names.
         """
         return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
 
     # ---- samplers: x_T -> x_0, both are loops over one step ----
 
     def ddpm_step(self, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
-        r"""x_{t-1} from x_t (DDPM algorithm 2, sigma_t^2 = \tilde\beta_t): the posterior's draw."""
+        r"""x_{t-1}: DDPM algorithm 2 (equation 11 through x_0) with sigma_t^2 = \tilde\beta_t."""
         x_0 = self.predict_x0(x_t, t, eps)
         mean, variance = self.posterior(x_0, x_t, t)
-        x_prev = mean + variance.sqrt() * noise  # the variance is 0 at t = 0
-        return x_prev.to(x_t.dtype)
+        return mean + variance.sqrt() * noise  # the variance is 0 at t = 0
 
     def ddim_step(
-        self, x_t: Tensor, t: Tensor, t_next: Tensor, eps: Tensor, noise: Tensor, eta: float
+        self, x_t: Tensor, t: Tensor, t_prev: Tensor, eps: Tensor, noise: Tensor, eta: float
     ) -> Tensor:
-        """x at the lower noise level t_next from x_t (DDIM equation 12; sigma, equation 16).
+        """x at the lower noise level t_prev from x_t (DDIM equation 12; sigma, equation 16).
 
-        t_next: (B,) int64, t_next < t, -1 is clean. eta: 0 adds no noise, 1 has DDPM's variance.
+        t_prev: (B,) int64, t_prev < t, -1 is clean. eta: 0 adds no noise, 1 has DDPM's variance.
         DDIM's paper writes alpha_t for our abar_t.
         """
         abar = extract(self.abar, t, x_t)  # (B, 1, 1, 1)
-        abar_next = extract(self.abar, t_next.clamp(min=0), x_t)
-        abar_next = torch.where(t_next.view_as(abar) < 0, 1.0, abar_next)
-        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
+        abar_prev = extract(self.abar, t_prev.clamp(min=0), x_t)
+        abar_prev = torch.where(t_prev.view_as(abar) < 0, 1.0, abar_prev)
+        sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
         x_0 = self.predict_x0(x_t, t, eps)
-        towards_x_t = (1 - abar_next - sigma**2).clamp(min=0).sqrt() * eps
-        x_next = abar_next.sqrt() * x_0 + towards_x_t + sigma * noise
-        return x_next.to(x_t.dtype)
+        towards_x_t = (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps
+        return abar_prev.sqrt() * x_0 + towards_x_t + sigma * noise
 
     @torch.no_grad()
     def ddpm_sample(self, denoise: Callable, x_T: Tensor) -> Tensor:
@@ -146,18 +141,18 @@ class Diffusion(nn.Module):
     ) -> Tensor:
         """DDIM over `steps` evenly spaced noise levels t = 0, T / steps, .. Returns x_0.
 
-        DEVIATION: latent diffusion's levels are higher by one; below T steps ours avoid the last,
+        DEVIATION: latent diffusion's levels are higher by one; with steps < T ours omit t = T - 1,
         where cosine's abar is too small to tell x_0 from eps.
         """
         if not 10 <= steps <= self.steps:
-            raise ValueError(f"DDIM takes 10 to {self.steps} steps of this schedule, not {steps}")
+            raise ValueError(f"DDIM takes 10 to {self.steps} steps, not {steps}")
         levels = [i * self.steps // steps for i in range(steps)]
         x_t = x_T
         for i in reversed(range(steps)):
             t = torch.full((len(x_t),), levels[i], device=x_t.device)
-            t_next = torch.full_like(t, levels[i - 1] if i > 0 else -1)
+            t_prev = torch.full_like(t, levels[i - 1] if i > 0 else -1)
             noise = torch.randn_like(x_t)
-            x_t = self.ddim_step(x_t, t, t_next, denoise(x_t, t), noise, eta)
+            x_t = self.ddim_step(x_t, t, t_prev, denoise(x_t, t), noise, eta)
         return x_t
 
 

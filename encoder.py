@@ -38,7 +38,7 @@ class ResBlock(nn.Module):
         return h + self.branch(h)
 
 
-def build_trunk(width: int, strides: tuple[int, ...]) -> nn.Sequential:
+def build_trunk(width, strides):
     """(B, 3, 64, 64) -> (B, width, H, W): 4x4 convolutions, then two residual blocks.
 
     DEVIATION: no ReLU after the last convolution but one, as in the official code (`Encoder4`,
@@ -173,16 +173,12 @@ class ConceptEncoder(nn.Module):
         elif kind == "slot":
             self.head = SlotTokens(width, side**2, n_tokens, token_dim)
         else:
-            raise ValueError(f"unknown encoder {kind!r}: choose one of {', '.join(ENCODERS)}")
+            raise ValueError(f"{kind!r} is none of {ENCODERS}")
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1]. Returns tokens (B, N, D)."""
+        """images: (B, 3, 64, 64) in [-1, 1]. Returns tokens (B, N, D)."""
         return self.head(self.trunk(images))
 
     def scalars(self, images: Tensor) -> Tensor:
         """The numbers behind scalar tokens, (B, N); other kinds have none."""
         return self.head.scalars(self.trunk(images))
-
-    def tokens_of(self, scalars: Tensor) -> Tensor:
-        """The tokens (B, N, D) of given, also edited, scalars (B, N)."""
-        return self.head.tokens_of(scalars)

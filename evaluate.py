@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from tqdm import tqdm
 
 import train
@@ -54,7 +53,7 @@ def check_codes(z, y):
 
 
 def entropy(p, base=math.e):
-    """Entropy of each row of p, divided by its sum: (rows,)."""
+    """Entropy of each row of p, scaled to sum 1: (rows,)."""
     p = p / p.sum(1, keepdims=True)
     logarithm = np.log(np.maximum(p, 1e-300))  # 0 log 0 = 0
     return -(p * logarithm).sum(1) / np.log(base)
@@ -78,7 +77,7 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array) -> dict:
     N, K = z.shape[1], y.shape[1]
     if N < 2 or K < 2:
         raise InputError(f"DCI needs 2 codes and 2 factors or more, not {N} and {K}")
-    bins, bags = bin_codes(z, n, V=n if n <= 2000 and N <= 64 else 256)
+    bins, bags = bin_codes(z, n)
     R = np.zeros((N, K), np.float32)
     right = np.zeros(y.shape, bool)
     for k in range(K):
@@ -107,7 +106,7 @@ def dci_scores(z, y, seed=0, points=(10000, 5000)):
 
 
 def draw_partners(y, first, rng):
-    """Draws a factor for each row of `first`, and for each point in it another of the same class.
+    """For each row of `first` a random factor; for each of its points one of equal class in it.
 
     y: (n, K); first: point numbers, (rows, batch). Returns (rows,) and (rows, batch).
     """
@@ -130,7 +129,7 @@ def factor_vae_score(
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
     `batch` points that share a factor's value vote for the code that varies least, relative to its
-    standard deviation over `points` points (at least min_std). votes: to learn from, to predict.
+    deviation over `points` points; those < min_std are pruned. votes: to learn from, to predict.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
@@ -139,7 +138,7 @@ def factor_vae_score(
     if not kept.any():
         return 0.0
     z = z[:, kept] / std[kept]
-    first = rng.integers(len(z), size=(sum(votes), 1)).repeat(batch, axis=1)
+    first = rng.integers(len(z), size=(sum(votes), 1)).repeat(batch, axis=1)  # one point a vote
     factor, rows = draw_partners(y, first, rng)  # (votes,), (votes, batch)
     code = np.empty(len(rows), np.int64)
     for vote, shared in enumerate(rows):
@@ -214,7 +213,7 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
     """TAD (Yeats et al. 2022): how far an attribute's best code is ahead of the second, summed.
 
     y: attributes (n, A) of two values. A code's quality is the area under its ROC curve. Attributes
-    count whose best area is >= auc_threshold and of whose entropy no other tells > max_share.
+    count if their best area is >= auc_threshold and no other tells > max_share of their entropy.
     """
     varies = (y != y[:1]).any(0)  # one value has no area
     z, a = check_codes(z, y[:, varies])
@@ -270,14 +269,14 @@ def swap_accuracy(
 ) -> dict:
     """If all tokens of one factor come from another image, does just that factor change? (Ours.)
 
-    encode: images (B, 3, H, W) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K). In
-    `pairs` pairs a factor the source gets the target's tokens. Returns the shares whose nearest
-    image is `exact`ly the wanted one, has this factor `moved`, all others `kept`; mean and worst
-    exact; reconstruction: the share right without a swap.
+    encode: images (B, 3, H, W) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K). For
+    each factor `pairs` sources get a target's tokens of it. Returns a dict a factor of shares
+    (exact: the nearest image is the wanted one; moved: right in this factor; kept: in all others),
+    mean and worst exact, and reconstruction: the share right without a swap.
     """
     sizes = np.array(ds.factor_sizes, np.int64)
-    if importance is None or sizes.prod() != len(ds):
-        raise InputError("swaps need DCI's importance and all combinations of the factors")
+    if importance is None:
+        raise InputError("swaps need DCI's importance")
     owner = token_owners(importance)
     rng = np.random.default_rng(seed)
     sources = rng.integers(sizes, size=(pairs, len(sizes)))  # factors, (pairs, K)
@@ -309,12 +308,13 @@ def swap_accuracy(
 
 # ---- skip on first reading: gradient-boosted trees ----
 
-def bin_codes(z, n, V):
+def bin_codes(z, n):
     """Cuts each code of z (n + n_test, N) into at most V bins, made for the first n points.
 
     Returns bins like z, and bags: V, the points in all bins (N * n,), where a bin begins.
     DEVIATION: with more than V values a tree tries V - 1 thresholds a code, scikit-learn's all.
     """
+    V = n if n <= 2000 and z.shape[1] <= 64 else 256
     columns = []
     for code in torch.as_tensor(z).t():
         values, count = code[:n].unique(return_counts=True)
@@ -404,7 +404,7 @@ DDIM = dict(steps=50, eta=0.0)
 class Run:
     """A finished run: its data, its networks (the U-Net's moving average), frozen.
 
-    data: where its data is now; out: where results go; device: each [the run's].
+    data: where its data is now; out: where results go; device. Empty: the run's.
     """
 
     def __init__(self, folder: str, data: str = "", out: str = "", device: str = ""):
@@ -431,18 +431,18 @@ class Run:
         importance = kept_scores(self.out).get("scores", {}).get("importance")
         self.importance = importance and np.array(importance)  # DCI's, (N, K), or None
 
-    def rows(self, n: int, seed: int = 0) -> Array:
+    def rows(self, n, seed=0):
         """Numbers of n different images, at random."""
         rng = np.random.default_rng(seed)
         return rng.choice(len(self.ds), min(n, len(self.ds)), replace=False)
 
-    def images(self, n: int, seed: int) -> Tensor:
+    def images(self, n, seed):
         return self.ds.images(self.rows(n, seed)).to(self.device)
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images):
         return self.encoder(images.to(self.device))
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens):
         """Images (B, 3, 64, 64) in [-1, 1] from tokens (B, N, D).
 
         DEVIATION: 50 DDIM steps, eta 0, from one noise for all (the authors: 200, eta 1).
@@ -456,7 +456,7 @@ class Run:
             x_0 = denoise(x_T, torch.zeros(len(tokens), device=self.device).long())
         return self.vae.decode(x_0).clamp(-1, 1)
 
-    def codes(self, index: Array) -> Array:
+    def codes(self, index):
         """A number a token, (n, N): its scalar, else its first principal component."""
         scalar = self.cfg.encoder == "scalar"
         network = self.encoder.scalars if scalar else self.encoder
@@ -549,7 +549,7 @@ def traversal(run):
     for label, n in used_tokens(run).items():
         edited = scalars[:1].repeat(9, 1)
         edited[:, n] = values[:, n]
-        rows[label] = run.decode(run.encoder.tokens_of(edited))
+        rows[label] = run.decode(run.encoder.head.tokens_of(edited))
     return grid(rows)
 
 
@@ -662,7 +662,7 @@ def score_run(run, pairs):
     """Writes scores.json, which it returns, codes.npz (z, y) and two figures into run.out."""
     index = np.sort(run.rows(run.cfg.score_images or len(run.ds)))
     z, y = run.codes(index), np.empty((len(index), 0))
-    data = dict(name=run.ds.name, factors=run.ds.factor_names, source=run.ds.source)
+    data = dict(name=run.ds.name, factors=run.ds.factor_names)
     result = {"scores": {}, "seconds": {}, "step": run.step, "data": data}
     if run.ds.factor_names:
         y = run.ds.factors(index).numpy()
@@ -692,11 +692,11 @@ def name_setting(result):
     name = result["data"]["name"]
     if "run" in result:
         cfg = {**result["run"]["config"], "steps": result["step"]}  # those taken
-        usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
+        usual = train.Config(**train.PRESETS[cfg["preset"]])
+        usual = json.loads(json.dumps(vars(usual)))  # lists for tuples
         for key in sorted(cfg.keys() - {"seed", "device", "score_images"}):
-            value = tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key]
-            if value != usual[key]:
-                name += f", {key} {value}"
+            if cfg[key] != usual[key]:
+                name += f", {key} {cfg[key]}"
     return name
 
 
@@ -763,7 +763,6 @@ def main(argv: list | None = None) -> list:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any terminal
     try:
         main()
     except InputError as error:

@@ -7,7 +7,7 @@ attention, and `Decoder`, without diffusion.
 Exports: UNet, Decoder, CONDITIONINGS.
 
 Letters:  B batch, C channels, H, W height and width, L = H * W positions, N concept tokens, D token
-dimension, M length of a context (L or N), h heads, d channels of a head, E of the time embedding.
+dimension, M length of a context (L or N), d channels of a head, E of the time embedding.
 """
 import math
 
@@ -50,17 +50,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, attn_maps: list | None = None) -> Tensor:
         """x: (B, L, C); context: (B, M, context_dim). Returns (B, L, C).
 
-        attn_maps: a list that receives the probabilities (B, h, L, M), or None.
+        attn_maps: a list that receives the probabilities (B, heads, L, M), or None.
         """
-        q = self.split_heads(self.to_q(x))        # (B, h, L, d)
-        k = self.split_heads(self.to_k(context))  # (B, h, M, d)
-        v = self.split_heads(self.to_v(context))  # (B, h, M, d)
+        q = self.split_heads(self.to_q(x))        # (B, heads, L, d)
+        k = self.split_heads(self.to_k(context))  # (B, heads, M, d)
+        v = self.split_heads(self.to_v(context))  # (B, heads, M, d)
         if attn_maps is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:  # the same, written out
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, L, M)
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, heads, L, M)
             probabilities = scores.softmax(dim=-1)
-            out = probabilities @ v                                    # (B, h, L, d)
+            out = probabilities @ v                                    # (B, heads, L, d)
             attn_maps.append(probabilities)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
@@ -209,8 +209,8 @@ class UNet(nn.Module):
         channels: int = 64,                           # C_0, a multiple of groups
         multipliers: tuple[int, ...] = (1, 2, 4, 4),  # width of each level / C_0, finest first
         res_blocks: int = 2,                          # a level down; one more a level up
-        attention_levels: int = 3,                    # how many, from the finest; and the middle
-        heads: int = 8,                               # h, divides every width
+        attention_levels: int = 3,                    # that attend, from the finest; middle always
+        heads: int = 8,                               # divides every width
         token_dim: int = 16,                          # D
         n_tokens: int = 20,                           # N, read by "adagn" alone
         groups: int = 32,                             # of the group norms
@@ -218,7 +218,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if conditioning not in CONDITIONINGS:
-            raise ValueError(f"conditioning {conditioning!r} is none of {', '.join(CONDITIONINGS)}")
+            raise ValueError(f"{conditioning!r} is none of {CONDITIONINGS}")
         E = 4 * channels
         self.time_mlp = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
         self.token_mlp = None
@@ -244,7 +244,7 @@ class UNet(nn.Module):
         """The predicted noise eps, like x_t.
 
         x_t: (B, C, H, W), H and W divisible by 2^(levels - 1); t: (B,) int64 in 0..T-1; tokens:
-        (B, N, D). attn_maps: a list that receives the map (B, h, L, N) of each cross attention.
+        (B, N, D). attn_maps: a list that receives the map (B, heads, L, N) of each cross attention.
         """
         emb = self.embed(t, tokens)                     # (B, E)
         h = self.conv_in(x_t)                           # (B, C_0, H, W)
@@ -261,18 +261,16 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def embed(self, t: Tensor, tokens: Tensor) -> Tensor:
-        """SiLU of the embedding of t, with "adagn" of the tokens, too: (B, E)."""
+        """SiLU of the embedding of t plus, with "adagn", that of the tokens: (B, E)."""
         emb = timestep_embedding(t, self.conv_in.out_channels)  # (B, C_0)
-        emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))
+        emb = self.time_mlp(emb)
         if self.token_mlp is not None:
             emb = emb + self.token_mlp(tokens.flatten(1))       # (B, N*D) -> (B, E)
         return F.silu(emb)
 
 
-def build_down(
-    c: int, widths: list[int], res_blocks: int, attention_levels: int, sizes: dict
-) -> tuple[nn.ModuleList, list[int]]:
-    """Blocks, finest level first, and the widths that the way up reads."""
+def build_down(c, widths, res_blocks, attention_levels, sizes):
+    """Blocks, finest level first, and the widths of the skips. sizes: see UNetBlock."""
     blocks = nn.ModuleList()
     skips = [c]
     for level, width in enumerate(widths):
@@ -287,15 +285,13 @@ def build_down(
     return blocks, skips
 
 
-def build_middle(c: int, sizes: dict) -> nn.ModuleList:
+def build_middle(c, sizes):
     """Two blocks, the first of which always attends."""
     first = UNetBlock(c, c, **sizes, attends=True)
     return nn.ModuleList([first, UNetBlock(c, c, **sizes)])
 
 
-def build_up(
-    widths: list[int], res_blocks: int, attention_levels: int, sizes: dict, skips: list[int]
-) -> nn.ModuleList:
+def build_up(widths, res_blocks, attention_levels, sizes, skips):
     """Blocks, coarsest level first; they take no skips if skips is empty."""
     blocks = nn.ModuleList()
     c = widths[-1]
@@ -319,15 +315,15 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        latent_channels: int = 3,
-        latent_size: int = 16,
-        channels: int = 64,
-        multipliers: tuple[int, ...] = (1, 2, 4, 4),
-        res_blocks: int = 2,
-        attention_levels: int = 3,
-        heads: int = 8,
-        token_dim: int = 16,
-        groups: int = 32,
+        latent_size: int,
+        latent_channels: int,
+        channels: int,
+        multipliers: tuple[int, ...],
+        res_blocks: int,
+        attention_levels: int,
+        heads: int,
+        token_dim: int,
+        groups: int,
     ):
         super().__init__()
         self.emb_dim = E = 4 * channels
@@ -344,7 +340,7 @@ class Decoder(nn.Module):
         self, x_t: Tensor, t: Tensor, tokens: Tensor, attn_maps: list | None = None
     ) -> Tensor:
         """x_0 (B, C, H, W) of tokens (B, N, D); x_t and t are not read."""
-        emb = tokens.new_zeros(len(tokens), self.emb_dim)  # no t: learned scale and shift
+        emb = tokens.new_zeros(len(tokens), self.emb_dim)  # no t: scale, shift are biases
         h = self.start.expand(len(tokens), -1, -1, -1)     # (B, C', H', W')
         for block in [*self.middle, *self.up]:
             h = block(h, emb, tokens, attn_maps)

@@ -1,10 +1,8 @@
 """Trains EncDiff: first the autoencoder, then token encoder and U-Net together; then scores them.
 
-    python train.py                                  # built-in world, preset small
-    python train.py --preset tiny                    # a few minutes: start here
-    python train.py --data 3dshapes.h5               # DeepMind's file, nothing else changed
-    python train.py --resume runs/world-small-0      # go on after an interruption
-    torchrun --nproc_per_node 2 train.py             # each process its share of every batch
+    python train.py [--preset tiny] [--data 3dshapes.h5]
+    python train.py --resume runs/world-small-0     # go on after an interruption
+    torchrun --nproc_per_node 2 train.py            # each process its share of every batch
 
 Every field of Config is a flag. A run folder holds run.json (configuration, command, machine),
 log.jsonl, vae.pt (first stage), model.pt (token encoder, U-Net and its average).
@@ -48,9 +46,9 @@ class Config:
     preset: str = "small"           # tiny, small or paper: what the others start from
     # the run
     data: str = ""                  # data file or folder of images; empty: the built-in world
-    cache: str = ""                 # folder for the unpacked data; empty: beside the file
-    out: str = ""                   # run folder; empty: runs/<data>-<preset>-<seed>
-    vae: str = ""                   # another run, whose first stage is used instead of a new one
+    cache: str = ""                 # folder for unpacked data; empty: beside it
+    out: str = ""                   # empty: runs/<data>-<preset>-<seed>
+    vae: str = ""                   # another run, whose first stage is used
     seed: int = 0                   # of weights, batches and noise
     device: str = "auto"            # cpu, cuda, mps, or the best there is
     precision: str = "float32"      # float32 or bfloat16, of token encoder and U-Net
@@ -62,15 +60,15 @@ class Config:
     vae_multipliers: tuple = (1, 2, 4)  # width of each level / vae_channels
     vae_res_blocks: int = 1         # residual blocks a level
     vae_groups: int = 8             # of its group norms
-    vae_patch: int = 2              # images are first cut into squares of this side
+    vae_patch: int = 2              # side of the squares images are cut into
     latent_channels: int = 4        # Z
     vae_steps: int = 3500           # training steps
     vae_batch_size: int = 16        # images a step
     vae_lr: float = 5e-3            # highest, of its Adam
     vae_betas: tuple = (0.9, 0.99)  # of its Adam
     # token encoder
-    encoder: str = "scalar"         # kind of tokens: scalar, vector or slot
-    tokens: int = 20                # N
+    encoder: str = "scalar"         # scalar, vector or slot
+    tokens: int = 20                # N, how many
     token_dim: int = 16             # D
     encoder_width: int = 64         # channels of its trunk
     encoder_strides: tuple = (4, 2, 2)  # of its convolutions, 2 or 4 each
@@ -79,28 +77,28 @@ class Config:
     multipliers: tuple = (1, 2)     # width of each level / channels
     res_blocks: int = 1             # residual blocks a level, one more on the way up
     groups: int = 8                 # of its group norms
-    attention_levels: int = 2       # levels with transformer blocks, from the finest
+    attention_levels: int = 2       # with transformer blocks, from the finest
     heads: int = 2                  # of every attention
     conditioning: str = "cross-attention"   # or adagn, an ablation
     # diffusion
     schedule: str = "linear"        # linear, sqrt_linear, sqrt or cosine
     loss: str = "l1"                # l1 or l2, of the predicted noise
-    stratified: bool = True         # one t of each B-th part of 0..T-1
+    stratified: bool = True         # one t in each of B parts of 0..T-1
     t_power: float = 1.0            # t = T u^p, u uniform; above 1: mostly low noise
-    objective: str = "diffusion"    # ablations: reconstruct, reconstruct-unet
+    objective: str = "diffusion"    # or reconstruct, reconstruct-unet: x_0 from tokens alone
     # optimisation of encoder and U-Net
     steps: int = 10500              # training steps
     batch_size: int = 32            # B
     lr: float = 3e-3                # highest, of AdamW
     betas: tuple = (0.9, 0.99)      # of AdamW
-    warmup: int = 300               # steps in which the learning rate rises
-    decay: str = "cosine"           # it falls to 0, the first stage's too; or none
+    warmup: int = 300               # steps in which lr rises
+    decay: str = "cosine"           # of lr and vae_lr to 0; or none
     clip: float = 1.0               # largest norm of the gradient; 0: any
     ema: float = 0.999              # limit of the decay of the U-Net's average
 
 
-# DEVIATION: tiny and small are not the paper's sizes and constants; they were chosen by trials on
-# two CPU cores. In paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
+# DEVIATION: the sizes and constants of tiny and small were chosen by trials on two CPU cores. In
+# paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
 PRESETS = {
     "tiny": dict(
         vae_channels=32, vae_multipliers=(1, 2), vae_patch=4, vae_steps=1200,
@@ -125,7 +123,7 @@ CHOICES = {
 }
 
 
-def parse(argv: list[str] | None) -> tuple[Config, bool]:
+def parse(argv):
     """The configuration asked for, and whether a run is resumed."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
@@ -151,6 +149,8 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
             raise InputError("with --resume go only --steps, --device, --data and --cache: leave "
                              f"out {', '.join(sorted(wrong)).replace('_', '-')}")
         return dataclasses.replace(config_of(read_run(folder)), out=folder, **given), True
+    if given.get("vae"):
+        given.update(first_stage_of(given["vae"]))
     cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
     if not cfg.out:
         name = Path(cfg.data).stem or "world"
@@ -158,17 +158,21 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
     return cfg, False
 
 
-def is_first_stage(name: str) -> bool:
-    """Whether a field of Config describes the first stage."""
-    return name in ("first_stage", "latent_channels") or name.startswith("vae_")
+def first_stage_of(folder):
+    """The settings of another run's first stage."""
+    settings = {}
+    for name, value in vars(config_of(read_run(folder))).items():
+        if name in ("first_stage", "latent_channels") or name.startswith("vae_"):
+            settings[name] = value
+    return settings
 
 
-def numbers(text: str) -> tuple:
+def numbers(text):
     """'1,2,4' -> (1, 2, 4)"""
     return tuple(json.loads(f"[{text}]"))
 
 
-def check(cfg: Config):
+def check(cfg):
     """InputError when a number is out of its range or sizes do not fit together."""
     may_be_zero = ("seed", "score_images", "attention_levels", "warmup", "clip")
     for name, value in dataclasses.asdict(cfg).items():
@@ -188,7 +192,7 @@ def check(cfg: Config):
         raise InputError(f"64 pixels cannot be cut into patches of {cfg.vae_patch} and then halved "
                          f"{halvings} times")
     if cfg.conditioning == "adagn" and cfg.objective == "reconstruct":
-        raise InputError("--objective reconstruct has no time embedding for --conditioning adagn")
+        raise InputError("--objective reconstruct has no --conditioning adagn")
 
 
 # ---- networks ----
@@ -232,13 +236,13 @@ def build_unet(cfg: Config) -> UNet | Decoder:
     return UNet(n_tokens=cfg.tokens, conditioning=cfg.conditioning, **sizes)
 
 
-def latent_shape(cfg: Config) -> tuple[int, int, int]:
+def latent_shape(cfg):
     """(Z, h, w) of the latents of 64x64 images."""
     side = 64 // (cfg.vae_patch * 2 ** (len(cfg.vae_multipliers) - 1))
     return cfg.latent_channels, side, side
 
 
-def fixed_input(cfg: Config) -> torch.Tensor:
+def fixed_input(cfg):
     """One x_T, (1, Z, h, w), the same in all runs, for sampling and the ablation without noise."""
     return torch.randn(1, *latent_shape(cfg), generator=torch.Generator().manual_seed(0))
 
@@ -271,7 +275,6 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
         loss, l1 = model(images)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), math.inf)  # not clipped
         lr = learning_rate(step, cfg.vae_steps, cfg.vae_lr, warmup=100, decay=cfg.decay)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -280,7 +283,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
             vae.set_scale(draw_images(1024))
             if processes > 1:
                 dist.broadcast(vae.scale, src=0)
-        if log.add(l1, norm):
+        if log.add(l1):
             save_checkpoint(checkpoint, cfg, step + 1, log.seconds(), parts)
     return vae.eval().requires_grad_(False)
 
@@ -288,10 +291,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
 # ---- tokens and U-Net ----
 
 def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.device):
-    """Trains token encoder and U-Net on the noise-prediction loss alone.
-
-    DDPM's algorithm 1 with EncDiff's tokens as the condition (EncDiff, method section).
-    """
+    """DDPM's algorithm 1 with the tokens as the condition (EncDiff, method section)."""
     torch.manual_seed(cfg.seed + 1)
     diffusion = Diffusion(cfg.schedule).to(device)
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
@@ -305,7 +305,7 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     start, seconds = restore(checkpoint, parts)
     log = Log(cfg, "tokens", start, cfg.steps, seconds)
     B, T = cfg.batch_size // ranks()[1], diffusion.steps
-    constant = fixed_input(cfg).to(device)  # of an ablation, see below
+    constant = fixed_input(cfg).to(device)  # for an ablation
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
     raw_unet = unet                         # not compiled, not distributed
     encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
@@ -315,7 +315,7 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
         images = move(ds.images(torch.randint(len(ds), (B,))), device)  # (B, 3, 64, 64)
         x_0 = vae.encode(images)            # (B, Z, h, w)
         u = torch.rand(B)
-        if cfg.stratified:                  # DEVIATION: one t of each B-th part
+        if cfg.stratified:                  # DEVIATION: one t in each of B parts
             u = (torch.arange(B) + u) / B
         t = move((T * u**cfg.t_power).long().clamp(max=T - 1), device)  # (B,)
         eps = torch.randn_like(x_0)
@@ -330,12 +330,13 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
             loss = loss_function(eps_pred, target)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+        if cfg.clip:
+            torch.nn.utils.clip_grad_norm_(params, cfg.clip)
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         update_ema(ema, raw_unet, ema_decay(step + 1, cfg.ema))
-        if log.add(loss, norm):
+        if log.add(loss):
             save_checkpoint(checkpoint, cfg, step + 1, log.seconds(), parts)
 
 
@@ -358,7 +359,7 @@ def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def seed_step(seed: int, step: int):
+def seed_step(seed, step):
     """Each step and process has a seed of its own: a resumed run draws what it would have."""
     rank, processes = ranks()
     torch.manual_seed(seed * 10**9 + step * processes + rank)
@@ -380,21 +381,21 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def move(x, device):
     """x on the device, without waiting for a GPU that is busy with the step before."""
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
-def ranks() -> tuple[int, int]:
+def ranks():
     """The number of this process and how many there are."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def wrap(module: torch.nn.Module, cfg: Config) -> torch.nn.Module:
+def wrap(module, cfg):
     """Compiled if asked for; with several processes, gradients are averaged over them."""
     if cfg.compile:
         module = torch.compile(module)
@@ -410,12 +411,12 @@ SAVE_EVERY = 60                             # seconds between two checkpoints, w
 
 
 class Log:
-    """The progress of one stage: its lines in log.jsonl, its bar, and when to save.
+    """One stage's lines in log.jsonl, its bar, and when to save.
 
-    After an interruption the steps since the last checkpoint are taken, and logged, again.
+    After an interruption the steps since the last checkpoint are taken and logged again.
     """
 
-    def __init__(self, cfg: Config, stage: str, start: int, steps: int, seconds: float):
+    def __init__(self, cfg, stage, start, steps, seconds):
         self.path = Path(cfg.out) / "log.jsonl"
         self.stage, self.step, self.steps = stage, start, steps
         self.losses = []                    # since the last line
@@ -425,8 +426,8 @@ class Log:
         hidden = start >= steps or not self.is_first
         self.bar = tqdm(total=steps, initial=start, desc=stage, mininterval=1.0, disable=hidden)
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> bool:
-        """Counts a step with its loss and its gradient's norm; returns whether to save now.
+    def add(self, loss):
+        """Counts a step with its loss; returns whether to save now.
 
         A line has the mean loss since the last one. InputError when the loss has diverged.
         """
@@ -435,7 +436,7 @@ class Log:
         if self.step % LOG_EVERY and self.step < self.steps:
             return False
         loss = torch.stack(self.losses).mean().item()
-        if not math.isfinite(loss + norm.item()):
+        if not math.isfinite(loss):
             raise InputError(f"the {self.stage} loss diverged before step {self.step}: start again "
                              "with a lower learning rate")
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -451,12 +452,12 @@ class Log:
         self.saved = time.monotonic()
         return True
 
-    def seconds(self) -> float:
+    def seconds(self):
         """How long the stage has been running, earlier sessions included."""
         return round(time.monotonic() - self.started, 2)
 
 
-def save_checkpoint(path: Path, cfg: Config, step: int, seconds: float, parts: dict):
+def save_checkpoint(path, cfg, step, seconds, parts):
     """Writes plain types alone, so that torch.load(.., weights_only=True) reads them."""
     contents = dict(config=dataclasses.asdict(cfg), step=step, seconds=seconds)
     contents["peak_memory_mib"] = peak_memory()
@@ -466,7 +467,7 @@ def save_checkpoint(path: Path, cfg: Config, step: int, seconds: float, parts: d
         torch.save(contents, temporary)
 
 
-def restore(path: Path, parts: dict) -> tuple[int, float]:
+def restore(path, parts):
     """Puts a checkpoint, if there is one, into the parts; returns its steps and seconds."""
     if not path.exists():
         return 0, 0.0
@@ -481,8 +482,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: has this run been trained?") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path} is damaged: train again ({reason})") from error
+        raise InputError(f"{path} is damaged: train again") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
@@ -491,7 +491,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     return contents
 
 
-def write_json(path: Path, contents: dict | list):
+def write_json(path, contents):
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=1, allow_nan=False) + "\n")
 
@@ -503,8 +503,6 @@ def read_run(folder: str | Path) -> dict:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} holds no run: there is no run.json in it") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged ({error})") from error
 
 
 def config_of(run: dict) -> Config:
@@ -518,13 +516,9 @@ def config_of(run: dict) -> Config:
         raise InputError(f"this run is of another version of the code ({error})") from error
 
 
-def machine(device: torch.device) -> dict:
+def machine(device):
     """What results depend on beside the configuration."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -533,7 +527,7 @@ def machine(device: torch.device) -> dict:
                 processor = line.split(":")[1].strip()
     return dict(
         command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        commit=commit,
+        commit=subprocess.getoutput(git),
         torch=torch.__version__,
         processor=processor,
         threads=torch.get_num_threads(),
@@ -542,7 +536,7 @@ def machine(device: torch.device) -> dict:
     )
 
 
-def peak_memory() -> dict:
+def peak_memory():
     """In MiB: of the process (not on Windows) and of its GPU."""
     peak = {}
     if sys.platform != "win32":
@@ -556,18 +550,7 @@ def peak_memory() -> dict:
 
 # ---- the run ----
 
-def take_first_stage(cfg: Config) -> Config:
-    """cfg with the first-stage settings of the run cfg.vae. InputError."""
-    other = load_checkpoint(Path(cfg.vae) / "vae.pt")
-    settings = {name: v for name, v in other["config"].items() if is_first_stage(name)}
-    if other["step"] < settings["vae_steps"]:
-        raise InputError(f"the first stage of {cfg.vae} is not finished: --resume that run")
-    cfg = dataclasses.replace(cfg, **settings)
-    check(cfg)
-    return cfg
-
-
-def prepare(cfg: Config, resume: bool, device: torch.device) -> Dataset:
+def prepare(cfg, resume, device):
     """Makes the run folder or checks the one to go on with; opens the data. InputError."""
     folder = Path(cfg.out)
     if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
@@ -575,17 +558,13 @@ def prepare(cfg: Config, resume: bool, device: torch.device) -> Dataset:
                          "--out")
     ds = open_dataset(cfg.data, cfg.cache)
     run = read_run(folder) if resume else {}
-    data = dict(name=ds.name, images=len(ds), factor_sizes=list(ds.factor_sizes), source=ds.source)
-    was = run.get("data", data)
-    if (was["images"], was["factor_sizes"]) != (data["images"], data["factor_sizes"]):
-        raise InputError(f"{folder} was trained on {was['images']} images of {was['name']}, not on "
-                         f"{len(ds)} of {ds.name}")
-    if cfg.vae and not resume:
-        cfg = take_first_stage(cfg)
+    data = dict(name=ds.name, images=len(ds), factor_sizes=list(ds.factor_sizes))
+    images = run.get("data", data)["images"]
+    if images != len(ds):
+        raise InputError(f"{folder} was trained on {images} images, {ds.name} has {len(ds)}")
     folder.mkdir(parents=True, exist_ok=True)
-    if cfg.vae and not (folder / "vae.pt").exists():
-        with atomic(folder / "vae.pt") as temporary:
-            shutil.copyfile(Path(cfg.vae) / "vae.pt", temporary)
+    if cfg.vae and not resume:
+        shutil.copy(Path(cfg.vae) / "vae.pt", folder)
     run["config"] = dataclasses.asdict(cfg)
     run["data"] = data
     run.setdefault("machine", machine(device))  # where it was started
@@ -613,7 +592,6 @@ def main(argv: list[str] | None = None) -> str:
         ds = prepare(cfg, resume, device)
     if processes > 1:
         dist.barrier()
-    cfg = config_of(read_run(cfg.out))
     if rank > 0:
         ds = open_dataset(cfg.data, cfg.cache)
     vae = train_vae(cfg, ds, device)
@@ -624,7 +602,6 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # any path, on any terminal
     try:
         folder = main()
         if os.environ.get("RANK", "0") == "0":

@@ -2,8 +2,8 @@
 
 The convolutional autoencoder of latent diffusion (Rombach et al. 2022, section 3.1), trained first,
 then frozen. "kl": a Gaussian latent, pulled towards N(0, I). "vq": a latent replaced by the
-nearest vectors of a codebook (van den Oord et al. 2017); as in EncDiff, x_0 is taken before that,
-and decoding begins with it.
+nearest vectors of a codebook (van den Oord et al. 2017); as in EncDiff, x_0 is the latent before
+this, and decoding begins with it.
 
 DEVIATION: the loss is L1 + codebook (or KL) alone, without the authors' LPIPS (it needs downloaded
 weights) and patch discriminator.
@@ -47,9 +47,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + y
 
 
-def build_encoder(
-    widths: list[int], res_blocks: int, out_channels: int, patch: int, groups: int
-) -> nn.Sequential:
+def build_down(widths, res_blocks, out_channels, patch, groups):
     """(B, 3, H, W) in [-1, 1] -> (B, out_channels, h, w), h = H / (patch * 2^(levels - 1))."""
     c = widths[0]
     if patch == 1:
@@ -67,9 +65,7 @@ def build_encoder(
     return nn.Sequential(*layers)
 
 
-def build_decoder(
-    widths: list[int], res_blocks: int, latent_channels: int, patch: int, groups: int
-) -> nn.Sequential:
+def build_up(widths, res_blocks, latent_channels, patch, groups):
     """(B, latent_channels, h, w) -> (B, 3, H, W): the mirror image, one block more a level."""
     c = widths[-1]
     layers = [nn.Conv2d(latent_channels, c, 3, padding=1)]
@@ -134,14 +130,14 @@ class Autoencoder(nn.Module):
     ):
         super().__init__()
         if kind not in FIRST_STAGES:
-            raise ValueError(f"unknown first stage {kind!r}: choose {' or '.join(FIRST_STAGES)}")
+            raise ValueError(f"{kind!r} is none of {FIRST_STAGES}")
         self.kind = kind
         widths = [channels * m for m in multipliers]
         out_channels = latent_channels
         if kind == "kl":
             out_channels = 2 * latent_channels  # mean and log variance
-        self.encoder = build_encoder(widths, res_blocks, out_channels, patch, groups)
-        self.decoder = build_decoder(widths, res_blocks, latent_channels, patch, groups)
+        self.encoder = build_down(widths, res_blocks, out_channels, patch, groups)
+        self.decoder = build_up(widths, res_blocks, latent_channels, patch, groups)
         self.codebook = Codebook(codebook_size, latent_channels) if kind == "vq" else None
         self.register_buffer("scale", torch.ones(()))  # 1 / std of the latent
 
@@ -181,7 +177,7 @@ class Autoencoder(nn.Module):
     def sample_gaussian(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """A draw of N(mean, variance), and its KL to N(0, I) (Kingma and Welling 2014).
 
-        The error is a mean over an image's numbers, in latent diffusion a sum: hence the division.
+        L1 is a mean over an image's numbers, latent diffusion's a sum: hence the division.
         """
         mean, log_var = self.encoder(images).chunk(2, dim=1)  # (B, Z, h, w) each
         log_var = log_var.clamp(-30, 20)

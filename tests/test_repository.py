@@ -63,7 +63,8 @@ def test_readme_snippets_run():
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_commands_and_their_flags_exist(capsys):
+def test_commands_and_their_flags_exist(capsys, monkeypatch):
+    monkeypatch.setattr(train, "first_stage_of", lambda folder: {})
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))

@@ -1,7 +1,6 @@
 """train.py from flags to run folder: the loss reads the tokens, runs resume, mistakes end well."""
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -137,7 +136,7 @@ def test_the_log_has_the_mean_loss_since_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 4)
     log = train.Log(Config(out=str(tmp_path)), "tokens", 0, 10, 0.0)
     for loss in range(1, 11):
-        log.add(torch.tensor(float(loss)), torch.tensor(1.0))
+        log.add(torch.tensor(float(loss)))
     assert [line["loss"] for line in read_log(tmp_path)] == [2.5, 6.5, 9.5]
 
 
@@ -213,19 +212,8 @@ def test_a_run_knows_its_data_wherever_it_is(run, npz, tmp_path, monkeypatch):
     other = tmp_path / "other.npz"
     images = np.zeros((6, 64, 64, 3), np.uint8)
     np.savez(other, images=images, labels=np.stack(np.unravel_index(np.arange(6), (2, 3)), 1))
-    with pytest.raises(InputError, match="trained on 40 images .* 6 of other.npz"):
+    with pytest.raises(InputError, match="trained on 40 images, other.npz has 6"):
         train.main(["--resume", folder, "--steps", "33", "--data", str(other)])
-
-
-def test_any_path_can_be_printed_on_any_terminal(npz, tmp_path):
-    path = tmp_path / "données.npz"
-    path.write_bytes(Path(npz).read_bytes())
-    flags = [*SMALL, "--vae-steps", "1", "--steps", "1", "--data", str(path)]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / "cœur")]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "cœur" / "scores.json").exists()
 
 
 def test_the_first_stage_of_another_run(run, npz, tmp_path):
@@ -296,7 +284,7 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     ("--tokens 0", "--tokens"), ("--lr nan", "--lr"), ("--heads 3", "3 groups or heads"),
-    ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 5 times"),
+    ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 6 times"),
     ("--device quantum", "quantum"), ("--seed 4294967296", "--seed"),
     ("--conditioning adagn --objective reconstruct", "adagn"),
 ])
