@@ -5,8 +5,6 @@
     python evaluate.py RUN --figures [NAME ...]
     python evaluate.py --codes FILE.npz     # scores of arrays z (n, N) and y (n, K)
 
-The metrics take arrays and can be copied.
-
 Letters:  n points (images), N codes or tokens, K factors, D token dimension, C classes of a factor,
 V bins of a code, M nodes of a tree's level, R importance, H entropy.
 """
@@ -411,7 +409,7 @@ class Run:
         self.info = train.read_run(folder)
         self.cfg = cfg = train.config_of(self.info)
         self.ds = open_dataset(data or cfg.data, cfg.cache)
-        if list(self.ds.factor_sizes) != self.info["data"]["factor_sizes"] and not out:
+        if len(self.ds) != self.info["data"]["images"] and not out:
             raise InputError(f"{folder} was trained on other data: to try this, add --out FOLDER")
         self.out = Path(out or folder)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -498,16 +496,15 @@ def grid(rows):
 
 
 def used_tokens(run):
-    """Label -> token, factor by factor, of importance >= 0.02; all if unknown."""
-    if run.importance is None:
-        return {f"token {n}": n for n in range(run.cfg.tokens)}
+    """Label -> token, factor by factor, of importance >= 0.02; all if there is none."""
     used = {}
-    owner = token_owners(run.importance)
-    for n in owner.argsort(kind="stable").tolist():
-        weight = run.importance[n, owner[n]]
-        if weight >= 0.02:
-            used[f"token {n}: {run.ds.factor_names[owner[n]]} {weight:.2f}"] = n
-    return used
+    if run.importance is not None:
+        owner = token_owners(run.importance)
+        for n in owner.argsort(kind="stable").tolist():
+            weight = run.importance[n, owner[n]]
+            if weight >= 0.02:
+                used[f"token {n}: {run.ds.factor_names[owner[n]]} {weight:.2f}"] = n
+    return used or {f"token {n}": n for n in range(run.cfg.tokens)}
 
 
 def reconstruction(run):

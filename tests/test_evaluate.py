@@ -164,7 +164,7 @@ def test_the_table_of_scored_runs_builds_no_network(make_run, monkeypatch, capsy
 def test_another_data_set_needs_out(make_run, tmp_path):
     folder = make_run()
     before = sorted(Path(folder).iterdir())
-    save_images(tmp_path / "others.npz", 2, sizes=(5, 3, 4))
+    save_images(tmp_path / "others.npz", 2, sizes=(5, 3, 3))
     with pytest.raises(InputError, match="add --out FOLDER"):
         Run(folder, str(tmp_path / "others.npz"))
     moved = (tmp_path / "images.npz").rename(tmp_path / "moved.npz")
