@@ -314,6 +314,7 @@ def hit_cube(o, d, half):
 
 
 def hit_sphere(o, d, radius):
+    """The first of its two points."""
     a = (d * d).sum(0)  # a x^2 + 2 b x + c = 0
     b = (o * d).sum(0)
     c = (o * o).sum(0) - radius ** 2

@@ -508,6 +508,7 @@ def used_tokens(run):
 
 
 def reconstruction(run):
+    """From the autoencoder alone, and from tokens."""
     images = run.images(10, seed=1)
     autoencoder = run.vae.decode(run.vae.encode(images))
     decoded = run.decode(run.encode(images))
@@ -656,7 +657,7 @@ def score_file(path):
 
 
 def score_run(run, pairs):
-    """Writes scores.json, which it returns, codes.npz (z, y) and two figures into run.out."""
+    """Writes scores.json, which it returns, codes.npz (z, y) and two figures."""
     index = np.sort(run.rows(run.cfg.score_images or len(run.ds)))
     z, y = run.codes(index), np.empty((len(index), 0))
     data = dict(name=run.ds.name, factors=run.ds.factor_names)
@@ -680,7 +681,7 @@ def score_run(run, pairs):
     with atomic(run.out / "codes.npz") as temporary:
         np.savez(temporary, z=z, y=y)
     train.write_json(run.out / "scores.json", result)
-    print(f"wrote scores.json, codes.npz and two figures into {run.out}")
+    print(f"scored and drew into {run.out}")
     return result
 
 

@@ -198,6 +198,7 @@ def check(cfg):
 # ---- networks ----
 
 def build_vae(cfg: Config) -> Autoencoder:
+    """The first stage."""
     return Autoencoder(
         kind=cfg.first_stage,
         channels=cfg.vae_channels,
@@ -210,6 +211,7 @@ def build_vae(cfg: Config) -> Autoencoder:
 
 
 def build_encoder(cfg: Config) -> ConceptEncoder:
+    """The token encoder."""
     return ConceptEncoder(
         kind=cfg.encoder,
         n_tokens=cfg.tokens,
@@ -307,7 +309,7 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     B, T = cfg.batch_size // ranks()[1], diffusion.steps
     constant = fixed_input(cfg).to(device)  # for an ablation
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
-    raw_unet = unet                         # not compiled, not distributed
+    raw_unet = unet  # not compiled, not distributed
     encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
 
     for step in range(start, cfg.steps):
@@ -406,8 +408,8 @@ def wrap(module, cfg):
 
 # ---- run folder and checkpoints ----
 
-LOG_EVERY = 50                              # steps between two lines of the log
-SAVE_EVERY = 60                             # seconds between two checkpoints, which follow a line
+LOG_EVERY = 50  # steps between two lines of the log
+SAVE_EVERY = 60  # seconds between two checkpoints, which follow a line
 
 
 class Log:
@@ -419,10 +421,10 @@ class Log:
     def __init__(self, cfg, stage, start, steps, seconds):
         self.path = Path(cfg.out) / "log.jsonl"
         self.stage, self.step, self.steps = stage, start, steps
-        self.losses = []                    # since the last line
+        self.losses = []  # since the last line
         self.saved = time.monotonic()
         self.started = self.saved - seconds  # as if it had never stopped
-        self.is_first = ranks()[0] == 0     # the process that writes
+        self.is_first = ranks()[0] == 0  # the process that writes
         hidden = start >= steps or not self.is_first
         self.bar = tqdm(total=steps, initial=start, desc=stage, mininterval=1.0, disable=hidden)
 
@@ -492,6 +494,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
 
 
 def write_json(path, contents):
+    """Whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=1, allow_nan=False) + "\n")
 
@@ -582,7 +585,7 @@ def main(argv: list[str] | None = None) -> str:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
-    if "RANK" in os.environ:                # torchrun started this process
+    if "RANK" in os.environ:  # torchrun started this process
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, processes = ranks()
     if cfg.batch_size % processes or cfg.vae_batch_size % processes:
