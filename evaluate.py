@@ -104,7 +104,7 @@ def dci_scores(z, y, seed=0, points=(10000, 5000)):
 
 
 def draw_partners(y, first, rng):
-    """For each row of `first` a random factor; for each of its points one of equal class in it.
+    """For each row of `first` a factor; for each of its points one of equal class in it.
 
     y: (n, K); first: point numbers, (rows, batch). Returns (rows,) and (rows, batch).
     """
@@ -681,7 +681,6 @@ def score_run(run, pairs):
     with atomic(run.out / "codes.npz") as temporary:
         np.savez(temporary, z=z, y=y)
     train.write_json(run.out / "scores.json", result)
-    print(f"scored and drew into {run.out}")
     return result
 
 
@@ -738,7 +737,7 @@ def main(argv: list | None = None) -> list:
     args = parser.parse_args(argv)
     several = len(args.runs) > 1
     if bool(args.runs) == bool(args.codes) or args.pairs < 1 or (several and args.out):
-        raise InputError("name runs or --codes FILE; --pairs 1 or more; --out for one run alone")
+        raise InputError("name runs or --codes FILE; --pairs >= 1; --out for one run alone")
     out = os.path.expanduser(args.out)
     results = []
     if args.codes:

@@ -58,27 +58,27 @@ class Config:
     first_stage: str = "kl"         # kl or vq
     vae_channels: int = 16          # width of its finest level
     vae_multipliers: tuple = (1, 2, 4)  # width of each level / vae_channels
-    vae_res_blocks: int = 1         # residual blocks a level
-    vae_groups: int = 8             # of its group norms
+    vae_res_blocks: int = 1
+    vae_groups: int = 8
     vae_patch: int = 2              # side of the squares images are cut into
     latent_channels: int = 4        # Z
-    vae_steps: int = 3500           # training steps
-    vae_batch_size: int = 16        # images a step
+    vae_steps: int = 3500
+    vae_batch_size: int = 16
     vae_lr: float = 5e-3            # highest, of its Adam
-    vae_betas: tuple = (0.9, 0.99)  # of its Adam
+    vae_betas: tuple = (0.9, 0.99)
     # token encoder
     encoder: str = "scalar"         # scalar, vector or slot
-    tokens: int = 20                # N, how many
+    tokens: int = 20                # N
     token_dim: int = 16             # D
     encoder_width: int = 64         # channels of its trunk
-    encoder_strides: tuple = (4, 2, 2)  # of its convolutions, 2 or 4 each
+    encoder_strides: tuple = (4, 2, 2)  # 2 or 4 each
     # U-Net
     channels: int = 32              # width of its finest level
     multipliers: tuple = (1, 2)     # width of each level / channels
     res_blocks: int = 1             # residual blocks a level, one more on the way up
-    groups: int = 8                 # of its group norms
+    groups: int = 8
     attention_levels: int = 2       # with transformer blocks, from the finest
-    heads: int = 2                  # of every attention
+    heads: int = 2
     conditioning: str = "cross-attention"   # or adagn, an ablation
     # diffusion
     schedule: str = "linear"        # linear, sqrt_linear, sqrt or cosine
@@ -87,10 +87,10 @@ class Config:
     t_power: float = 1.0            # t = T u^p, u uniform; above 1: mostly low noise
     objective: str = "diffusion"    # or reconstruct, reconstruct-unet: x_0 from tokens alone
     # optimisation of encoder and U-Net
-    steps: int = 10500              # training steps
+    steps: int = 10500
     batch_size: int = 32            # B
     lr: float = 3e-3                # highest, of AdamW
-    betas: tuple = (0.9, 0.99)      # of AdamW
+    betas: tuple = (0.9, 0.99)
     warmup: int = 300               # steps in which lr rises
     decay: str = "cosine"           # of lr and vae_lr to 0; or none
     clip: float = 1.0               # largest norm of the gradient; 0: any
@@ -172,14 +172,25 @@ def numbers(text):
     return tuple(json.loads(f"[{text}]"))
 
 
+def in_range(name, value):
+    """Whether a field of Config can have this value."""
+    if "betas" in name:
+        return len(value) == 2 and min(value) >= 0 and max(value) < 1
+    if isinstance(value, tuple):
+        return value and all(type(number) is int and number > 0 for number in value)
+    may_be_zero = ("seed", "score_images", "attention_levels", "warmup", "clip")
+    if value == 0 and name in may_be_zero:
+        return True
+    return type(value) not in (int, float) or 0 < value < 2**32
+
+
 def check(cfg):
     """InputError when a number is out of its range or sizes do not fit together."""
-    may_be_zero = ("seed", "score_images", "attention_levels", "warmup", "clip")
     for name, value in dataclasses.asdict(cfg).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            wrong = type(number) in (int, float) and not 0 < number < 2**32
-            if wrong and not (number == 0 and name in may_be_zero):
-                raise InputError(f"--{name.replace('_', '-')} {number} is out of range")
+        if not in_range(name, value):
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
+    if set(cfg.encoder_strides) - {2, 4} or math.prod(cfg.encoder_strides) > 64:
+        raise InputError("--encoder-strides are 2 or 4 each, their product 64 at most")
     for width, parts in (
         (cfg.vae_channels, cfg.vae_groups),
         (cfg.channels, cfg.groups),
@@ -413,10 +424,7 @@ SAVE_EVERY = 60  # seconds between two checkpoints, which follow a line
 
 
 class Log:
-    """One stage's lines in log.jsonl, its bar, and when to save.
-
-    After an interruption the steps since the last checkpoint are taken and logged again.
-    """
+    """One stage's lines in log.jsonl (after a resume some come twice), and when to save."""
 
     def __init__(self, cfg, stage, start, steps, seconds):
         self.path = Path(cfg.out) / "log.jsonl"
@@ -431,7 +439,7 @@ class Log:
     def add(self, loss):
         """Counts a step with its loss; returns whether to save now.
 
-        A line has the mean loss since the last one. InputError when the loss has diverged.
+        A line has the mean loss since the last. InputError when it has diverged.
         """
         self.step += 1
         self.losses.append(loss.detach())

@@ -285,6 +285,8 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
 @pytest.mark.parametrize("flags, word", [
     ("--tokens 0", "--tokens"), ("--lr nan", "--lr"), ("--heads 3", "3 groups or heads"),
     ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 6 times"),
+    ("--multipliers 1.5,2", "--multipliers"), ("--vae-betas 0.9", "--vae-betas"),
+    ("--encoder-strides 4,4,4,4", "--encoder-strides"),
     ("--device quantum", "quantum"), ("--seed 4294967296", "--seed"),
     ("--conditioning adagn --objective reconstruct", "adagn"),
 ])
