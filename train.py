@@ -53,7 +53,7 @@ class Config:
     device: str = "auto"            # cpu, cuda, mps, or the best there is
     precision: str = "float32"      # float32 or bfloat16, of token encoder and U-Net
     compile: bool = False           # torch.compile the networks
-    score_images: int = 0           # images to encode for the scores; 0: all
+    score_images: int = 50000       # images to encode for the scores; 0: all
     # first stage
     first_stage: str = "kl"         # kl or vq
     vae_channels: int = 16          # width of its finest level
@@ -100,10 +100,7 @@ class Config:
 # DEVIATION: the sizes and constants of tiny and small were chosen by trials on two CPU cores. In
 # paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
 PRESETS = {
-    "tiny": dict(
-        vae_channels=32, vae_multipliers=(1, 2), vae_patch=4, vae_steps=1200,
-        steps=1800, batch_size=16, warmup=100, score_images=30000,
-    ),
+    "tiny": dict(vae_steps=1000, steps=1500, warmup=100),
     "small": dict(),
     "paper": dict(
         first_stage="vq", vae_channels=32, vae_multipliers=(1, 2, 4), vae_res_blocks=2,
@@ -112,7 +109,7 @@ PRESETS = {
         channels=64, multipliers=(1, 2, 4, 4), attention_levels=3, heads=8,
         res_blocks=2, groups=32, stratified=False,
         steps=37500, batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000,
-        decay="none", clip=0.0, ema=0.9999,
+        decay="none", clip=0.0, ema=0.9999, score_images=0,
     ),
 }
 CHOICES = {
@@ -530,6 +527,7 @@ def config_of(run: dict) -> Config:
 def machine(device):
     """What results depend on beside the configuration."""
     git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
+    status, commit = subprocess.getstatusoutput(git)
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -538,7 +536,7 @@ def machine(device):
                 processor = line.split(":")[1].strip()
     return dict(
         command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        commit=subprocess.getoutput(git),
+        commit="unknown" if status else commit,
         torch=torch.__version__,
         processor=processor,
         threads=torch.get_num_threads(),
