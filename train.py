@@ -100,7 +100,7 @@ class Config:
 # DEVIATION: the sizes and constants of tiny and small were chosen by trials on two CPU cores. In
 # paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
 PRESETS = {
-    "tiny": dict(vae_steps=1000, steps=1500, warmup=100),
+    "tiny": dict(vae_steps=2000, steps=3000),
     "small": dict(),
     "paper": dict(
         first_stage="vq", vae_channels=32, vae_multipliers=(1, 2, 4), vae_res_blocks=2,
