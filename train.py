@@ -147,7 +147,7 @@ def parse(argv):
                              f"out {', '.join(sorted(wrong)).replace('_', '-')}")
         return dataclasses.replace(config_of(read_run(folder)), out=folder, **given), True
     if given.get("vae"):
-        given.update(first_stage_of(given["vae"]))
+        given = {**first_stage_of(given["vae"]), **given}
     cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
     if not cfg.out:
         name = Path(cfg.data).stem or "world"
@@ -509,8 +509,8 @@ def read_run(folder: str | Path) -> dict:
     path = Path(folder) / "run.json"
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} holds no run: there is no run.json in it") from None
+    except (OSError, ValueError):
+        raise InputError(f"{folder} holds no run: run.json is missing or damaged") from None
 
 
 def config_of(run: dict) -> Config:
@@ -573,6 +573,7 @@ def prepare(cfg, resume, device):
         raise InputError(f"{folder} was trained on {images} images, {ds.name} has {len(ds)}")
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.vae and not resume:
+        load_checkpoint(Path(cfg.vae) / "vae.pt")  # InputError
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
     run["config"] = dataclasses.asdict(cfg)
     run["data"] = data

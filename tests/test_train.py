@@ -238,6 +238,18 @@ def test_nothing_is_overwritten(run, tmp_path):
         train.main(["--resume", str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="leave out vae-lr"):
         train.main(["--resume", folder, "--vae-lr", "0.5"])
+    (Path(folder) / "run.json").write_text('{"config": ')
+    with pytest.raises(InputError, match="run.json is missing or damaged"):
+        train.main(["--resume", folder])
+
+
+def test_a_first_stage_that_cannot_be_used(run, npz, tmp_path):
+    first = run("first")
+    with pytest.raises(InputError, match="vae.pt is of another configuration"):
+        run("wider", f"--vae {first} --vae-channels 16")
+    (Path(first) / "vae.pt").unlink()
+    with pytest.raises(InputError, match="vae.pt is missing"):
+        run("second", f"--vae {first}")
 
 
 def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
