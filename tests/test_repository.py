@@ -71,6 +71,7 @@ def test_commands_and_their_flags_exist(capsys, monkeypatch):
     commands = re.findall(r"python ((?:train|evaluate)\.py[^#\n`|]*)", README + RESULTS)
     assert len(commands) > 10
     for command in commands:
+        command = command.replace("$flags", "--encoder vector")     # of the loop over ablations
         script, *words = re.sub(r"\$\w+", "1", command).split()
         flags = {word for word in words if word.startswith("--")}
         if script == "evaluate.py":
