@@ -99,7 +99,7 @@ def main():
                 row["scikit_learn"] = [round(score, 4) for score in theirs]
                 row["scikit_learn_accuracy"] = [round(share, 4) for share in accuracy]
                 row["scikit_learn_seconds"] = round(sum(seconds), 1)
-            print(rows[-1], flush=True)
+            print(row, flush=True)
             contents = {
                 "columns": NAMES, "points": n, "machine": machine(torch.device("cpu")),
                 "rows": rows,
