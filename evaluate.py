@@ -163,7 +163,7 @@ def beta_vae_score(
     for i in range(len(x)):
         x[i] = np.abs(z[first[i]] - z[second[i]]).mean(0)
     n = points[0]
-    # DEVIATION: standardised, against the codes' scales; the authors pass x as it is
+    # DEVIATION: standardised, against the codes' scales
     x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-12)
     x = F.pad(torch.from_numpy(x), (0, 1), value=1.0)  # (points, N + 1), with a bias
     target = torch.from_numpy(factor)
@@ -383,7 +383,8 @@ def boost(bags, bins, y, C):
         zeros = torch.zeros(2**max_depth, residual.shape[1])
         numerator = zeros.scatter_add(0, node[:n], residual)
         denominator = zeros.scatter_add(0, node[:n], p * (1 - p))
-        newton = torch.where(denominator > 1e-12, shrink * numerator / denominator, 0)
+        newton = shrink * numerator / denominator.clamp(1e-12)
+        newton = newton.clamp(-100, 100)  # DEVIATION: else they may diverge for 183 classes
         scores += learning_rate * newton.gather(0, node)  # a Newton step in each leaf
     return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
 

@@ -315,7 +315,7 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     start, seconds = restore(checkpoint, parts)
     log = Log(cfg, "tokens", start, cfg.steps, seconds)
     B, T = cfg.batch_size // ranks()[1], diffusion.steps
-    constant = fixed_input(cfg).to(device)  # for an ablation
+    constant = fixed_input(cfg).to(device)
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
     raw_unet = unet  # not compiled, not distributed
     encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
@@ -417,7 +417,7 @@ def wrap(module, cfg):
 # ---- run folder and checkpoints ----
 
 LOG_EVERY = 50  # steps between two lines of the log
-SAVE_EVERY = 60  # seconds between two checkpoints, which follow a line
+SAVE_EVERY = 60  # seconds between two checkpoints
 
 
 class Log:

@@ -59,6 +59,14 @@ def test_dci_is_scikit_learns(n, how_much, extra, noise):
     assert abs(ours["informativeness_test"] - accuracy) < 0.02
 
 
+def test_dci_of_as_many_classes_as_cars3d():
+    """Without a bound on the Newton steps the trees diverge here: an accuracy of 0.07."""
+    rng = np.random.default_rng(0)
+    y = np.stack([rng.integers(0, 183, 3150), rng.integers(0, 3, 3150)], axis=1)
+    z = rng.standard_normal((183, 3))[y[:, 0]] + 0.1 * rng.standard_normal((3150, 3))
+    assert dci(z[:2100], y[:2100], z[2100:], y[2100:])["accuracy"][0] > 0.65
+
+
 def test_dci_of_known_codes():
     y, z = points(600)
     y_test, z_test = points(300, seed=1)
