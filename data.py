@@ -162,7 +162,7 @@ def open_arrays(path, cache, file, read):
     """The data set in an open file, whose images `read` reads."""
     images = "imgs" if "imgs" in file else "images"
     if images not in file:
-        raise InputError(f"{path} has no `images` or `imgs` but {', '.join(file)}")
+        raise InputError(f"{path} has no `images` or `imgs` but {', '.join([*file][:9])}")
     shape, dtype, blocks = read(file, images)
     if shape[1:] not in ((SIDE, SIDE, 3), (SIDE, SIDE)) or dtype != np.uint8:
         raise InputError(f"{path} needs images of uint8 (n, 64, 64, 3) or (n, 64, 64), not of "
@@ -171,11 +171,10 @@ def open_arrays(path, cache, file, read):
     for key in ("labels", "latents_classes", "latents/classes"):
         if key in file:
             labels = file[key][:]  # (n, K)
-    title, names, sizes = find_factors(path, shape[0], labels)
+    found = find_factors(path, shape[0], labels)
     ds = CachedDataset(path, cache, [path], shape, blocks)
+    title, ds.factor_names, ds.factor_sizes = found
     ds.name = title or path.name
-    ds.factor_names = names
-    ds.factor_sizes = sizes
     return ds
 
 
@@ -419,9 +418,10 @@ def render(scale, shape, eye, room):
 class World(Dataset):
     """The built-in world: geometries are rendered at the start, colours are mixed on demand."""
 
+    name = "built-in world"
+    factor_names, factor_sizes = GRIDS[0][1:]
+
     def __init__(self):
-        self.name = "built-in world"
-        _, self.factor_names, self.factor_sizes = GRIDS[0]
         weights = np.empty((8, 4, 15, 5, SIDE ** 2), np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):  # rays that miss
             for k, degrees in enumerate(ORIENTATIONS):

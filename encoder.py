@@ -163,7 +163,6 @@ class ConceptEncoder(nn.Module):
         image_size: int = 64,
     ):
         super().__init__()
-        self.kind = kind
         self.trunk = build_trunk(width, strides)
         side = image_size // math.prod(strides)
         if kind == "scalar":

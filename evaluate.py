@@ -60,7 +60,7 @@ def entropy(p, base=math.e):
 def purity(R):
     """Mean of 1 - entropy over the rows of R, weighted by their sums."""
     weight = R.sum(1) if R.any() else np.ones(len(R))
-    row_entropy = entropy(R + 1e-11, base=R.shape[1])  # 1e-11: the authors' constant
+    row_entropy = entropy(R + 1e-11, base=R.shape[1])  # 1e-11 is the authors'
     return float((weight / weight.sum() * (1 - row_entropy)).sum())
 
 
@@ -203,7 +203,7 @@ def mig(z: Array, y: Array, seed: int = 0, points: int = 10000, n_bins: int = 20
         H_y = entropy(joint.sum(1))
         information = entropy(joint.sum(2)) + H_y - entropy(joint.reshape(N, -1))
         second, first = np.sort(np.append(information, 0))[-2:]  # 0 is there for N = 1
-        gaps.append((first - second) / H_y[0])
+        gaps.append((first - second) / max(H_y[0], 1e-9))
     return float(np.mean(gaps))
 
 
@@ -240,6 +240,7 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
 
 def token_owners(importance):
     """(N, K) -> (N,): the factor of a token's largest importance, -1 if all are 0."""
+    importance = np.array(importance)
     return np.where(importance.any(1), importance.argmax(1), -1)
 
 
@@ -410,7 +411,8 @@ class Run:
         self.info = train.read_run(folder)
         self.cfg = cfg = train.config_of(self.info)
         self.ds = open_dataset(data or cfg.data, cfg.cache)
-        if len(self.ds) != self.info["data"]["images"] and not out:
+        other = len(self.ds) != self.info["data"]["images"] or (data and not cfg.data)
+        if other and not out:
             raise InputError(f"{folder} was trained on other data: to try this, add --out FOLDER")
         self.out = Path(out or folder)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -427,8 +429,8 @@ class Run:
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)
-        importance = kept_scores(self.out).get("scores", {}).get("importance")
-        self.importance = importance and np.array(importance)  # DCI's, (N, K), or None
+        kept = kept_scores(self.out if other else folder)
+        self.importance = kept.get("scores", {}).get("importance")  # DCI's, (N, K), or None
 
     def rows(self, n, seed=0):
         """Numbers of n different images, at random."""
@@ -502,7 +504,7 @@ def used_tokens(run):
     if run.importance is not None:
         owner = token_owners(run.importance)
         for n in owner.argsort(kind="stable").tolist():
-            weight = run.importance[n, owner[n]]
+            weight = run.importance[n][owner[n]]
             if weight >= 0.02:
                 used[f"token {n}: {run.ds.factor_names[owner[n]]} {weight:.2f}"] = n
     return used or {f"token {n}": n for n in range(run.cfg.tokens)}
@@ -612,9 +614,7 @@ def draw(run, names):
 
 # ---- the command ----
 
-OF_FACTORS = dict(
-    dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score
-)
+OF_FACTORS = dict(dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score)
 
 
 def psnr(run, count=256):
@@ -628,12 +628,12 @@ def psnr(run, count=256):
     return scores
 
 
-def add_scores(result, name, metric):
-    """Adds what metric() returns, and its seconds, to the result, or prints its refusal."""
+def add_scores(result, name, metric, *inputs):
+    """Adds what the metric returns, and its seconds, to the result, or prints its refusal."""
     print(f"{name} ..", file=sys.stderr)
     start = time.monotonic()
     try:
-        scores = metric()
+        scores = metric(*inputs)
     except InputError as error:
         print(f"{name} is left out: {error}")
         return
@@ -647,13 +647,13 @@ def score_file(path):
     """Scores of the arrays z (n, N) and y (n, K) in an .npz file."""
     try:
         arrays = np.load(path)
-        z, y = arrays["z"], arrays["y"]
+        z, y = arrays["z"].astype(np.float32), arrays["y"]
     except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no .npz of z (n, N) and y (n, K): {error}") from error
     check_codes(z, y)
     result = {"data": {"name": Path(path).name}, "scores": {}, "seconds": {}}
     for name, metric in OF_FACTORS.items():
-        add_scores(result, name, partial(metric, z, y))
+        add_scores(result, name, metric, z, y)
     return result
 
 
@@ -666,16 +666,15 @@ def score_run(run, pairs):
     if run.ds.factor_names:
         y = run.ds.factors(index).numpy()
         for name, metric in OF_FACTORS.items():
-            add_scores(result, name, partial(metric, z, y))
-        importance = result["scores"].get("importance")
-        run.importance = importance and np.array(importance)
-        swaps = partial(swap_accuracy, run.ds, run.encode, run.decode, run.importance, pairs)
-        add_scores(result, "swap", swaps)
+            add_scores(result, name, metric, z, y)
+        run.importance = result["scores"].get("importance")
+        inputs = run.ds, run.encode, run.decode, run.importance, pairs
+        add_scores(result, "swap", swap_accuracy, *inputs)
     elif run.ds.attribute_names:
         y = run.ds.attributes[index]
-        add_scores(result, "tad", partial(tad, z, y))
-    add_scores(result, "psnr", partial(psnr, run))
-    for place in ("data", "cache", "out", "vae"):  # results hold no paths
+        add_scores(result, "tad", tad, z, y)
+    add_scores(result, "psnr", psnr, run)
+    for place in ("data", "cache", "out", "vae"):  # of this machine
         del run.info["config"][place]
     result.update(machine=train.machine(run.device), run=run.info)
     draw(run, ["reconstruction", "swap_tokens" if run.importance is None else "swap"])
@@ -689,9 +688,8 @@ def name_setting(result):
     """The data, and what differs from the configuration of the preset."""
     name = result["data"]["name"]
     if "run" in result:
-        cfg = {**result["run"]["config"], "steps": result["step"]}  # those taken
-        usual = train.Config(**train.PRESETS[cfg["preset"]])
-        usual = json.loads(json.dumps(vars(usual)))  # lists for tuples
+        cfg = {**vars(train.config_of(result["run"])), "steps": result["step"]}  # taken
+        usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
         for key in sorted(cfg.keys() - {"seed", "device", "score_images"}):
             if cfg[key] != usual[key]:
                 name += f", {key} {cfg[key]}"
@@ -747,14 +745,18 @@ def main(argv: list | None = None) -> list:
             Path(out).mkdir(parents=True, exist_ok=True)
             train.write_json(Path(out) / "scores.json", results[0])
     for folder in map(os.path.expanduser, args.runs):
-        if several and args.figures is None and kept_scores(folder):
-            results.append(kept_scores(folder))
-            continue
-        run = Run(folder, args.data, out, args.device)
-        if args.figures is None:
-            results.append(score_run(run, args.pairs))
-        else:
-            draw(run, args.figures)
+        place = folder, args.data, out, args.device
+        try:
+            if args.figures is not None:
+                draw(Run(*place), args.figures)
+            elif several and kept_scores(folder):
+                results.append(kept_scores(folder))
+            else:
+                results.append(score_run(Run(*place), args.pairs))
+        except InputError as error:
+            if not several:
+                raise
+            print(f"{folder} is left out: {error}")
     if results:
         table(results)
     return results
@@ -763,6 +765,6 @@ def main(argv: list | None = None) -> list:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

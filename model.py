@@ -336,12 +336,10 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, tokens: Tensor, attn_maps: list | None = None
-    ) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """x_0 (B, C, H, W) of tokens (B, N, D); x_t and t are not read."""
         emb = tokens.new_zeros(len(tokens), self.emb_dim)  # no t: scale, shift are biases
         h = self.start.expand(len(tokens), -1, -1, -1)     # (B, C', H', W')
         for block in [*self.middle, *self.up]:
-            h = block(h, emb, tokens, attn_maps)
+            h = block(h, emb, tokens)
         return self.conv_out(F.silu(self.norm_out(h)))

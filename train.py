@@ -22,13 +22,11 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Dataset, InputError, atomic, open_dataset
@@ -40,7 +38,7 @@ from vae import FIRST_STAGES, Autoencoder
 
 # ---- configuration ----
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Defaults: preset small. The authors' values: PRESETS["paper"], below."""
     preset: str = "small"           # tiny, small or paper: what the others start from
@@ -103,9 +101,9 @@ PRESETS = {
     "tiny": dict(vae_steps=2000, steps=3000),
     "small": dict(),
     "paper": dict(
-        first_stage="vq", vae_channels=32, vae_multipliers=(1, 2, 4), vae_res_blocks=2,
-        vae_groups=32, vae_patch=1, latent_channels=3, vae_steps=10000, vae_batch_size=256,
-        vae_lr=1.15e-3, vae_betas=(0.5, 0.9), encoder_width=128, encoder_strides=(2, 2, 2, 2),
+        first_stage="vq", vae_channels=32, vae_res_blocks=2, vae_groups=32, vae_patch=1,
+        latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3,
+        vae_betas=(0.5, 0.9), encoder_width=128, encoder_strides=(2, 2, 2, 2),
         channels=64, multipliers=(1, 2, 4, 4), attention_levels=3, heads=8,
         res_blocks=2, groups=32, stratified=False,
         steps=37500, batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000,
@@ -145,7 +143,10 @@ def parse(argv):
         if wrong:
             raise InputError("with --resume go only --steps, --device, --data and --cache: leave "
                              f"out {', '.join(sorted(wrong)).replace('_', '-')}")
-        return dataclasses.replace(config_of(read_run(folder)), out=folder, **given), True
+        cfg = config_of(read_run(folder))
+        if given.get("data") and not cfg.data:
+            raise InputError(f"{folder} is of the built-in world: leave out --data")
+        return dataclasses.replace(cfg, out=folder, **given), True
     if given.get("vae"):
         given = {**first_stage_of(given["vae"]), **given}
     cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
@@ -183,7 +184,7 @@ def in_range(name, value):
 
 def check(cfg):
     """InputError when a number is out of its range or sizes do not fit together."""
-    for name, value in dataclasses.asdict(cfg).items():
+    for name, value in vars(cfg).items():
         if not in_range(name, value):
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
     if set(cfg.encoder_strides) - {2, 4} or math.prod(cfg.encoder_strides) > 64:
@@ -269,7 +270,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     parts = dict(vae=vae, optimizer=optimizer)
     start, seconds = restore(checkpoint, parts)
     log = Log(cfg, "vae", start, cfg.vae_steps, seconds)
-    rank, processes = ranks()
+    processes = ranks()[1]
     B = cfg.vae_batch_size // processes
     model = wrap(vae, cfg)
 
@@ -410,7 +411,7 @@ def wrap(module, cfg):
     if cfg.compile:
         module = torch.compile(module)
     if dist.is_initialized():
-        module = DistributedDataParallel(module)
+        module = torch.nn.parallel.DistributedDataParallel(module)
     return module
 
 
@@ -466,7 +467,7 @@ class Log:
 
 def save_checkpoint(path, cfg, step, seconds, parts):
     """Writes plain types alone, so that torch.load(.., weights_only=True) reads them."""
-    contents = dict(config=dataclasses.asdict(cfg), step=step, seconds=seconds)
+    contents = dict(config=vars(cfg), step=step, seconds=seconds)
     contents["peak_memory_mib"] = peak_memory()
     for name, part in parts.items():
         contents[name] = part.state_dict()
@@ -575,7 +576,7 @@ def prepare(cfg, resume, device):
     if cfg.vae and not resume:
         load_checkpoint(Path(cfg.vae) / "vae.pt")  # InputError
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
-    run["config"] = dataclasses.asdict(cfg)
+    run["config"] = vars(cfg)
     run["data"] = data
     run.setdefault("machine", machine(device))  # where it was started
     write_json(folder / "run.json", run)
@@ -585,7 +586,7 @@ def prepare(cfg, resume, device):
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Trains a run and returns its folder. InputError for a user's mistake."""
+    """Trains a run and returns its folder. InputError."""
     cfg, resume = parse(argv)
     check(cfg)
     device = choose_device(cfg.device)
@@ -617,6 +618,6 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             import evaluate
             evaluate.main([folder])
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

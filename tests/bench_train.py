@@ -79,7 +79,8 @@ class Step:
             loss = F.l1_loss(unet(x_t, t, encoder(self.images)), eps)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        if self.cfg.clip:
+            torch.nn.utils.clip_grad_norm_(self.params, self.cfg.clip)
         self.optimizer.step()
         train.update_ema(self.ema, self.unet, 0.999)
 
@@ -135,6 +136,8 @@ def main():
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = train.choose_device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in train.main
     rows = []
     for preset in args.preset:
         for precision in args.precision:

@@ -176,6 +176,33 @@ def test_another_data_set_needs_out(make_run, tmp_path):
     assert {path.name for path in out.iterdir()} == {"bottleneck.png", "swap_tokens.png"}
 
 
+def test_a_run_of_the_built_in_world_is_not_scored_on_a_file_as_large(make_run, tmp_path):
+    folder = make_run()
+    run = json.loads((Path(folder) / "run.json").read_text())
+    run["config"]["data"] = ""
+    train.write_json(Path(folder) / "run.json", run)
+    with pytest.raises(InputError, match="add --out FOLDER"):
+        Run(folder, str(tmp_path / "images.npz"))
+    with pytest.raises(InputError, match="built-in world: leave out --data"):
+        train.main(["--resume", folder, "--data", str(tmp_path / "images.npz")])
+
+
+def test_figures_elsewhere_know_the_scores(make_run, tmp_path):
+    folder = make_run()
+    evaluate.main([folder, "--pairs", "1"])
+    elsewhere = Run(folder, out=str(tmp_path / "figures"))
+    assert elsewhere.importance == Run(folder).importance is not None
+    save_images(tmp_path / "others.npz", 2, sizes=(5, 3, 3))
+    assert Run(folder, str(tmp_path / "others.npz"), str(tmp_path / "other")).importance is None
+
+
+def test_an_unfinished_run_is_left_out_of_the_table(make_run, capsys):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    (Path(runs[1]) / "model.pt").unlink()
+    assert len(evaluate.main([*runs, "--pairs", "1"])) == 1
+    assert f"{runs[1]} is left out" in capsys.readouterr().out
+
+
 def test_what_cannot_be_scored_is_left_out_and_said(make_run, monkeypatch, capsys):
     monkeypatch.setitem(evaluate.OF_FACTORS, "dci", evaluate.dci_scores)  # needs 15,000 points
     result, = evaluate.main([make_run()])

@@ -177,6 +177,8 @@ def test_mig_is_its_definition():
     assert mig(z[:, [0, 0, 1, 1, 2, 2]], y) < 1e-9  # everything twice: no gap
     assert mig(z[:, :1], y) == pytest.approx(1 / 3, abs=0.02)  # one code, all of one factor
     assert mig(np.random.default_rng(0).standard_normal((5000, 4)), y) < 0.02
+    rare = (np.arange(30000) == 5).astype(int)  # its one point is not drawn
+    assert np.isfinite(mig(np.ones((30000, 1)), np.stack([rare, np.arange(30000) % 2], axis=1)))
 
 
 def test_tad_is_its_definition():

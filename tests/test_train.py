@@ -318,6 +318,13 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(tmp_path, flags):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(tmp_path / "file" / "run")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "file" in done.stderr
+
+
 def test_a_fault_of_the_code_keeps_its_traceback(run, monkeypatch):
     def broken(self, images):
         raise ValueError("a student's own bug")
