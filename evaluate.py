@@ -648,8 +648,8 @@ def score_file(path):
     try:
         arrays = np.load(path)
         z, y = arrays["z"].astype(np.float32), arrays["y"]
-    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no .npz of z (n, N) and y (n, K): {error}") from error
+    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
+        raise InputError(f"{path} is no .npz of z (n, N) and y (n, K)") from None
     check_codes(z, y)
     result = {"data": {"name": Path(path).name}, "scores": {}, "seconds": {}}
     for name, metric in OF_FACTORS.items():

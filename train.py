@@ -490,7 +490,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: has this run been trained?") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged: train again") from error
+        raise InputError(f"{path} is damaged: remove it and --resume") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
