@@ -51,6 +51,7 @@ class Config:
     device: str = "auto"            # cpu, cuda, mps, or the best there is
     precision: str = "float32"      # float32 or bfloat16, of token encoder and U-Net
     compile: bool = False           # torch.compile the networks
+    cuda_graphs: bool = False       # record token encoder and U-Net, on one GPU
     score_images: int = 50000       # images to encode for the scores; 0: all
     # first stage
     first_stage: str = "kl"         # kl or vq
@@ -308,6 +309,8 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
     unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)  # of the U-Net alone, as the authors have it
+    if cfg.cuda_graphs:
+        record_graphs(encoder, unet, cfg, device)
     fused = device.type != "mps"
     params = [*encoder.parameters(), *unet.parameters()]
     optimizer = torch.optim.AdamW(params, cfg.lr, cfg.betas, weight_decay=0.01, fused=fused)
@@ -413,6 +416,19 @@ def wrap(module, cfg):
     if dist.is_initialized():
         module = torch.nn.parallel.DistributedDataParallel(module)
     return module
+
+
+def record_graphs(encoder, unet, cfg, device):
+    """From now on each pass, forward or backward, is launched as one, not kernel by kernel."""
+    images = torch.zeros(cfg.batch_size, 3, 64, 64, device=device)
+    x_t = torch.zeros(cfg.batch_size, *latent_shape(cfg), device=device)
+    t = torch.zeros(cfg.batch_size, dtype=torch.int64, device=device)
+    state = copy.deepcopy(encoder.state_dict())  # recording changes batch norm's averages
+    bfloat16 = cfg.precision == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, bfloat16, cache_enabled=False):
+        tokens = encoder(images).detach().requires_grad_()
+        torch.cuda.make_graphed_callables((encoder, unet), ((images,), (x_t, t, tokens)))
+    encoder.load_state_dict(state)
 
 
 # ---- run folder and checkpoints ----
@@ -599,6 +615,8 @@ def main(argv: list[str] | None = None) -> str:
     if cfg.batch_size % processes or cfg.vae_batch_size % processes:
         raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
                          f"{cfg.vae_batch_size} evenly")
+    if cfg.cuda_graphs and (device.type != "cuda" or processes > 1 or cfg.compile):
+        raise InputError("--cuda-graphs needs one GPU and no --compile")
     if rank == 0:
         ds = prepare(cfg, resume, device)
     if processes > 1:

@@ -2,7 +2,7 @@
 
     pip install diffusers
     python tests/bench_train.py [--preset small paper] [--device cpu] [--precision float32]
-        [--compile] [--seconds 60]
+        [--compile] [--cuda-graphs] [--seconds 60]
 
 Token encoder, loss, optimizer and weight average are this project's in both; only the U-Net
 changes. Ours and theirs take steps in turn; medians.
@@ -63,6 +63,8 @@ class Step:
         self.encoder = train.build_encoder(cfg).to(device, memory_format=torch.channels_last)
         self.unet = unet.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(unet).requires_grad_(False)
+        if cfg.cuda_graphs:
+            train.record_graphs(self.encoder, self.unet, cfg, device)
         self.params = [*self.encoder.parameters(), *self.unet.parameters()]
         self.compiled = [train.wrap(self.encoder, cfg), train.wrap(self.unet, cfg)]
         self.optimizer = torch.optim.AdamW(self.params, 1e-5, cfg.betas, fused=device.type != "mps")
@@ -88,6 +90,7 @@ class Step:
         """64 latents by 50 steps of DDIM."""
         x_T = torch.randn(64, *train.latent_shape(self.cfg), device=self.device)
         tokens = torch.randn(64, self.cfg.tokens, self.cfg.token_dim, device=self.device)
+        self.unet.eval()
         with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16):
             self.diffusion.ddim_sample(lambda x_t, t: self.unet(x_t, t, tokens), x_T)
 
@@ -101,10 +104,9 @@ def seconds(work, device):
     return time.perf_counter() - started
 
 
-def measure(preset, precision, compiled, device, budget):
+def measure(preset, precision, way, device, budget):
     """Two rows, ours and diffusers': milliseconds a step, images a second, seconds of DDIM."""
-    cfg = dict(preset=preset, precision=precision, compile=compiled)
-    cfg = train.Config(**cfg, **train.PRESETS[preset])
+    cfg = train.Config(preset=preset, precision=precision, **way, **train.PRESETS[preset])
     steps = {"ours": Step(cfg, train.build_unet(cfg), device),
              "diffusers": Step(cfg, diffusers_unet(cfg), device)}
     times = {name: [] for name in steps}
@@ -117,7 +119,7 @@ def measure(preset, precision, compiled, device, budget):
         median = statistics.median(times[name][2:])             # the first two warm up
         rows.append({
             "preset": preset, "unet": name, "precision": precision,
-            "compile": compiled, "batch": cfg.batch_size,
+            "compile": cfg.compile, "cuda_graphs": cfg.cuda_graphs, "batch": cfg.batch_size,
             "parameters": sum(p.numel() for p in step.unet.parameters()),
             "ms_per_step": round(1000 * median, 2), "steps": len(times[name]),
             "images_per_second": round(cfg.batch_size / median, 1),
@@ -132,17 +134,23 @@ def main():
     parser.add_argument("--preset", nargs="+", default=["small", "paper"])
     parser.add_argument("--precision", nargs="+", default=["float32"])
     parser.add_argument("--compile", action="store_true", help="measure compiled networks, too")
+    parser.add_argument("--cuda-graphs", action="store_true", help="measure recorded ones, too")
     parser.add_argument("--seconds", type=float, default=60.0, help="of steps, for a pair of rows")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = train.choose_device(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as in train.main
+    ways = [{}]
+    if args.compile:
+        ways.append({"compile": True})
+    if args.cuda_graphs:
+        ways.append({"cuda_graphs": True})
     rows = []
     for preset in args.preset:
         for precision in args.precision:
-            for compiled in (False, True)[:1 + args.compile]:
-                rows += measure(preset, precision, compiled, device, args.seconds)
+            for way in ways:
+                rows += measure(preset, precision, way, device, args.seconds)
                 print(*rows[-2:], sep="\n", flush=True)
     result = {"machine": train.machine(device), "rows": rows}
     train.write_json(ROOT / ".github" / "results" / f"bench_train-{device.type}.json", result)
