@@ -1,6 +1,5 @@
 """The data sets behind one small interface: files, folders of images, and the built-in world.
 
-Exports: open_dataset, Dataset, World, atomic, InputError.
 Letters: B batch, H, W height and width (64), K factors, A attributes, n images of a file or folder.
 """
 import colorsys
@@ -45,14 +44,13 @@ class Dataset:
 
     factor_names, factor_sizes: tuples of length K, empty without factors. With factors, the images
     are all their combinations in order, the last factor varying fastest.
-    attribute_names: tuple of length A. attributes: int64 (len, A) of 0 and 1, or None.
-    An index and factors may be lists, arrays or tensors.
+    attributes: int64 (len, A) of 0 and 1, or None. An index and factors may be lists,
+    arrays or tensors.
     """
 
     name = ""
     factor_names = ()
     factor_sizes = ()
-    attribute_names = ()
     attributes = None
 
     def __len__(self) -> int:
@@ -224,7 +222,7 @@ def open_folder(path, cache):
     side = SIDE
     if lists:
         side = 96
-        attribute_names, attributes = read_attributes(lists[0])
+        attributes = read_attributes(lists[0])
         found = len(files)
         files = [file for file in files if file.stem in attributes]
         print(f"{path}: {len(files)} of {found} images are in {lists[0].name}")
@@ -235,7 +233,6 @@ def open_folder(path, cache):
     ds = CachedDataset(path, cache, files + lists, shape, blocks)
     if lists:
         ds.name = "CelebA"
-        ds.attribute_names = attribute_names
         ds.attributes = np.array([attributes[file.stem] for file in files])  # (len, A)
     return ds
 
@@ -243,16 +240,15 @@ def open_folder(path, cache):
 def read_attributes(file):
     """From CelebA's list, a count, A names, and lines of an image file and A times 1 or -1.
 
-    Returns the names and a dictionary from a file's name, without suffix, to A times 0 or 1.
+    Returns a dictionary from a file's name, without suffix, to A times 0 or 1.
     """
     _, names, *lines = [*file.read_text("utf-8").split("\n"), ""]
-    names = tuple(names.split())
     attributes = {}
     for line in lines:
         words = line.split()
-        if len(words) == 1 + len(names):  # a line may be cut short
+        if len(words) == 1 + len(names.split()):  # a line may be cut short
             attributes[Path(words[0]).stem] = [int(word == "1") for word in words[1:]]
-    return names, attributes
+    return attributes
 
 
 def load_image(file, side):

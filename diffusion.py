@@ -4,9 +4,7 @@ DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and the cosine schedule (Nichol a
 latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. The network comes as a
 function `denoise(x_t, t) -> eps`, for example `lambda x_t, t: unet(x_t, t, tokens)`.
 
-Exports: SCHEDULES, beta_schedule, Diffusion.
-
-Letters (the papers'):  T steps; t in 0..T-1 (the papers count 1..T: our t is their t - 1); beta_t;
+Letters (the papers'): T steps; t in 0..T-1 (the papers count 1..T: our t is their t - 1); beta_t;
 alpha_t = 1 - beta_t; abar_t = product of alpha up to t; x_0 clean latent, x_t noisy latent, eps the
 noise in it.  Shapes: B batch, C channels, H, W height and width.
 """

@@ -4,9 +4,7 @@ The encoder of the paper's method section: a trunk of convolutions, then scalar 
 and slot attention (Locatello et al. 2020), which the paper does not use. With the defaults, the
 authors' for Shapes3D, it has 1.37 M parameters. Noise prediction, through the U-Net, trains it.
 
-Exports: ENCODERS, ConceptEncoder.
-
-Letters:  B batch, C channels, H, W height and width of the trunk's feature map h (4x4 for 64x64
+Letters: B batch, C channels, H, W height and width of the trunk's feature map h (4x4 for 64x64
 images), L = H * W positions, N concept tokens, D token dimension.
 """
 import math

@@ -5,7 +5,7 @@
     python evaluate.py RUN --figures [NAME ...]
     python evaluate.py --codes FILE.npz     # scores of arrays z (n, N) and y (n, K)
 
-Letters:  n points (images), N codes or tokens, K factors, D token dimension, C classes of a factor,
+Letters: n points (images), N codes or tokens, K factors, D token dimension, C classes of a factor,
 V bins of a code, M nodes of a tree's level, R importance, H entropy.
 """
 import argparse
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -264,20 +263,20 @@ def nearest_factors(ds, images, wanted):
 
 def swap_accuracy(
     ds: Dataset, encode: Callable, decode: Callable, importance: Array | None,
-    pairs: int = 64, seed: int = 0,
+    pairs: int = 64,
 ) -> dict:
     """If all tokens of one factor come from another image, does just that factor change? (Ours.)
 
-    encode: images (B, 3, H, W) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K). For
-    each factor `pairs` sources get a target's tokens of it. Returns a dict a factor of shares
-    (exact: the nearest image is the wanted one; moved: right in this factor; kept: in all others),
-    mean and worst exact, and reconstruction: the share right without a swap.
+    encode: images (B, 3, H, W) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K);
+    pairs: a factor. Returns a dict a factor of shares (exact: the nearest image is the wanted one;
+    moved: right in this factor; kept: in all others), mean and worst exact, and reconstruction: the
+    share right without a swap.
     """
     sizes = np.array(ds.factor_sizes, np.int64)
     if importance is None:
         raise InputError("swaps need DCI's importance")
     owner = token_owners(importance)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     sources = rng.integers(sizes, size=(pairs, len(sizes)))  # factors, (pairs, K)
     tokens = encode(ds.images(ds.index(sources)))  # (pairs, N, D)
     scores = {}
@@ -398,9 +397,6 @@ def kept_scores(folder):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-DDIM = dict(steps=50, eta=0.0)
-
-
 class Run:
     """A finished run: its data, its networks (the U-Net's moving average), frozen.
 
@@ -452,7 +448,7 @@ class Run:
         x_T = train.fixed_input(self.cfg).to(self.device)
         x_T = x_T.repeat(len(tokens), 1, 1, 1)  # (B, Z, h, w)
         if self.cfg.objective == "diffusion":
-            x_0 = self.diffusion.ddim_sample(denoise, x_T, **DDIM)
+            x_0 = self.diffusion.ddim_sample(denoise, x_T)
         else:
             x_0 = denoise(x_T, torch.zeros(len(tokens), device=self.device).long())
         return self.vae.decode(x_0).clamp(-1, 1)
@@ -629,9 +625,8 @@ def psnr(run, count=256):
 
 
 def add_scores(result, name, metric, *inputs):
-    """Adds what the metric returns, and its seconds, to the result, or prints its refusal."""
+    """Adds what the metric returns to the result, or prints its refusal."""
     print(f"{name} ..", file=sys.stderr)
-    start = time.monotonic()
     try:
         scores = metric(*inputs)
     except InputError as error:
@@ -640,7 +635,6 @@ def add_scores(result, name, metric, *inputs):
     if name == "swap" or not isinstance(scores, dict):
         scores = {name: scores}
     result["scores"].update(scores)
-    result["seconds"][name] = round(time.monotonic() - start, 1)
 
 
 def score_file(path):
@@ -651,26 +645,26 @@ def score_file(path):
     except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
         raise InputError(f"{path} is no .npz of z (n, N) and y (n, K)") from None
     check_codes(z, y)
-    result = {"data": {"name": Path(path).name}, "scores": {}, "seconds": {}}
+    result = {"data": {"name": Path(path).name}, "scores": {}}
     for name, metric in OF_FACTORS.items():
         add_scores(result, name, metric, z, y)
     return result
 
 
-def score_run(run, pairs):
+def score_run(run):
     """Writes scores.json, which it returns, codes.npz (z, y) and two figures."""
     index = np.sort(run.rows(run.cfg.score_images or len(run.ds)))
     z, y = run.codes(index), np.empty((len(index), 0))
     data = dict(name=run.ds.name, factors=run.ds.factor_names)
-    result = {"scores": {}, "seconds": {}, "step": run.step, "data": data}
+    result = {"scores": {}, "step": run.step, "data": data}
     if run.ds.factor_names:
         y = run.ds.factors(index).numpy()
         for name, metric in OF_FACTORS.items():
             add_scores(result, name, metric, z, y)
         run.importance = result["scores"].get("importance")
-        inputs = run.ds, run.encode, run.decode, run.importance, pairs
+        inputs = run.ds, run.encode, run.decode, run.importance
         add_scores(result, "swap", swap_accuracy, *inputs)
-    elif run.ds.attribute_names:
+    elif run.ds.attributes is not None:
         y = run.ds.attributes[index]
         add_scores(result, "tad", tad, z, y)
     add_scores(result, "psnr", psnr, run)
@@ -728,15 +722,14 @@ def main(argv: list | None = None) -> list:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders")
     add("--codes", metavar="FILE", help="an .npz of z (n, N) and y (n, K) to score instead")
-    add("--pairs", type=int, default=64, help="pairs a factor for swap accuracy [64]")
     add("--figures", nargs="*", choices=FIGURES, help="only draw these, or all")
     add("--data", default="", help="where the data is now; other data: with --out")
     add("--out", default="", help="folder for results [the run's]")
     add("--device", default="", help="cpu, cuda, mps or auto [the run's]")
     args = parser.parse_args(argv)
     several = len(args.runs) > 1
-    if bool(args.runs) == bool(args.codes) or args.pairs < 1 or (several and args.out):
-        raise InputError("name runs or --codes FILE; --pairs >= 1; --out for one run alone")
+    if bool(args.runs) == bool(args.codes) or (several and args.out):
+        raise InputError("name runs or --codes FILE; --out for one run alone")
     out = os.path.expanduser(args.out)
     results = []
     if args.codes:
@@ -752,7 +745,7 @@ def main(argv: list | None = None) -> list:
             elif several and kept_scores(folder):
                 results.append(kept_scores(folder))
             else:
-                results.append(score_run(Run(*place), args.pairs))
+                results.append(score_run(Run(*place)))
         except InputError as error:
             if not several:
                 raise

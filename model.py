@@ -4,9 +4,7 @@ The U-Net of latent diffusion (Rombach et al. 2022, section 3.3) with the defaul
 code for Shapes3D, 37.47 M parameters. Two ablations: `conditioning="adagn"`, without cross
 attention, and `Decoder`, without diffusion.
 
-Exports: UNet, Decoder, CONDITIONINGS.
-
-Letters:  B batch, C channels, H, W height and width, L = H * W positions, N concept tokens, D token
+Letters: B batch, C channels, H, W height and width, L = H * W positions, N concept tokens, D token
 dimension, M length of a context (L or N), d channels of a head, E of the time embedding.
 """
 import math

@@ -7,7 +7,7 @@
 Every field of Config is a flag. A run folder holds run.json (configuration, command, machine),
 log.jsonl, vae.pt (first stage), model.pt (token encoder, U-Net and its average).
 
-Letters:  B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
+Letters: B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
 """
 import argparse
 import copy
@@ -41,7 +41,7 @@ from vae import FIRST_STAGES, Autoencoder
 @dataclasses.dataclass
 class Config:
     """Defaults: preset small. The authors' values: PRESETS["paper"], below."""
-    preset: str = "small"           # tiny, small or paper: what the others start from
+    preset: str = "small"           # tiny, small or paper
     # the run
     data: str = ""                  # data file or folder of images; empty: the built-in world
     cache: str = ""                 # folder for unpacked data; empty: beside it
@@ -140,10 +140,10 @@ def parse(argv):
 
     folder = given.pop("resume", None)
     if folder:
-        wrong = set(given) - {"steps", "device", "data", "cache"}
+        wrong = set(given) - {"steps", "device", "data", "cache", "cuda_graphs"}
         if wrong:
-            raise InputError("with --resume go only --steps, --device, --data and --cache: leave "
-                             f"out {', '.join(sorted(wrong)).replace('_', '-')}")
+            names = ", ".join(sorted(wrong)).replace("_", "-")
+            raise InputError(f"--resume takes {names} from the run: leave it out")
         cfg = config_of(read_run(folder))
         if given.get("data") and not cfg.data:
             raise InputError(f"{folder} is of the built-in world: leave out --data")
@@ -309,7 +309,7 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
     unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)  # of the U-Net alone, as the authors have it
-    if cfg.cuda_graphs:
+    if cfg.cuda_graphs:  # changes batch norm, so before restore
         record_graphs(encoder, unet, cfg, device)
     fused = device.type != "mps"
     params = [*encoder.parameters(), *unet.parameters()]
@@ -321,7 +321,6 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     B, T = cfg.batch_size // ranks()[1], diffusion.steps
     constant = fixed_input(cfg).to(device)
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
-    raw_unet = unet  # not compiled, not distributed
     encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
 
     for step in range(start, cfg.steps):
@@ -349,7 +348,7 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup, cfg.decay)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        update_ema(ema, raw_unet, ema_decay(step + 1, cfg.ema))
+        update_ema(ema, unet, ema_decay(step + 1, cfg.ema))
         if log.add(loss):
             save_checkpoint(checkpoint, cfg, step + 1, log.seconds(), parts)
 
@@ -419,16 +418,13 @@ def wrap(module, cfg):
 
 
 def record_graphs(encoder, unet, cfg, device):
-    """From now on each pass, forward or backward, is launched as one, not kernel by kernel."""
+    """Makes each pass, forward or backward, a CUDA graph: one launch, not one a kernel."""
     images = torch.zeros(cfg.batch_size, 3, 64, 64, device=device)
     x_t = torch.zeros(cfg.batch_size, *latent_shape(cfg), device=device)
     t = torch.zeros(cfg.batch_size, dtype=torch.int64, device=device)
-    state = copy.deepcopy(encoder.state_dict())  # recording changes batch norm's averages
-    bfloat16 = cfg.precision == "bfloat16"
-    with torch.autocast(device.type, torch.bfloat16, bfloat16, cache_enabled=False):
+    with torch.autocast("cuda", torch.bfloat16, cfg.precision == "bfloat16", cache_enabled=False):
         tokens = encoder(images).detach().requires_grad_()
         torch.cuda.make_graphed_callables((encoder, unet), ((images,), (x_t, t, tokens)))
-    encoder.load_state_dict(state)
 
 
 # ---- run folder and checkpoints ----
@@ -584,7 +580,7 @@ def prepare(cfg, resume, device):
                          "--out")
     ds = open_dataset(cfg.data, cfg.cache)
     run = read_run(folder) if resume else {}
-    data = dict(name=ds.name, images=len(ds), factor_sizes=list(ds.factor_sizes))
+    data = dict(name=ds.name, images=len(ds))
     images = run.get("data", data)["images"]
     if images != len(ds):
         raise InputError(f"{folder} was trained on {images} images, {ds.name} has {len(ds)}")
@@ -596,8 +592,7 @@ def prepare(cfg, resume, device):
     run["data"] = data
     run.setdefault("machine", machine(device))  # where it was started
     write_json(folder / "run.json", run)
-    for name, value in run["config"].items():
-        print(f"{name}: {value}")
+    print(f"{folder}: {ds.name}, preset {cfg.preset}")
     return ds
 
 
@@ -616,7 +611,7 @@ def main(argv: list[str] | None = None) -> str:
         raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
                          f"{cfg.vae_batch_size} evenly")
     if cfg.cuda_graphs and (device.type != "cuda" or processes > 1 or cfg.compile):
-        raise InputError("--cuda-graphs needs one GPU and no --compile")
+        raise InputError("CUDA graphs need one GPU and no --compile: --no-cuda-graphs")
     if rank == 0:
         ds = prepare(cfg, resume, device)
     if processes > 1:

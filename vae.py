@@ -8,9 +8,7 @@ this, and decoding begins with it.
 DEVIATION: the loss is L1 + codebook (or KL) alone, without the authors' LPIPS (it needs downloaded
 weights) and patch discriminator.
 
-Exports: FIRST_STAGES, Autoencoder.
-
-Letters:  B batch, C channels of a feature map, Z latent channels, H, W height and width, h, w those
+Letters: B batch, C channels of a feature map, Z latent channels, H, W height and width, h, w those
 of the latent, V vectors in the codebook. The defaults are the authors': 64x64x3 -> 16x16x3.
 """
 import torch

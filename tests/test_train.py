@@ -236,11 +236,25 @@ def test_nothing_is_overwritten(run, tmp_path):
     assert same(before, weights(folder))
     with pytest.raises(InputError, match="no run"):
         train.main(["--resume", str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match="leave out vae-lr"):
+    with pytest.raises(InputError, match="takes vae-lr from the run"):
         train.main(["--resume", folder, "--vae-lr", "0.5"])
     (Path(folder) / "run.json").write_text('{"config": ')
     with pytest.raises(InputError, match="run.json is missing or damaged"):
         train.main(["--resume", folder])
+
+
+def test_cuda_graphs_need_a_gpu(run):
+    with pytest.raises(InputError, match="one GPU.*--no-cuda-graphs"):
+        run("run", "--cuda-graphs --device cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_change_no_loss(run):
+    losses = []
+    for name, flags in (("plain", ""), ("recorded", "--cuda-graphs")):
+        log = read_log(run(name, "--device cuda " + flags))
+        losses.append([line["loss"] for line in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_a_first_stage_that_cannot_be_used(run, npz, tmp_path):
