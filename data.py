@@ -95,8 +95,8 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
         with h5py.File(path) as file:
             return open_arrays(path, cache, file, read_hdf5)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"cannot unpack {path} ({error}): fetch it again if it is damaged, name a "
-                         "--cache if its folder cannot be written") from error
+        raise InputError(f"cannot unpack {path} ({error}): it must be a folder, .npz or HDF5 file, "
+                         "undamaged; name a --cache if nothing can be written beside it") from error
 
 
 # ---- 2. What people download ----
@@ -115,7 +115,7 @@ class CachedDataset(Dataset):
             facts.append((source.name, stat.st_size, stat.st_mtime_ns))
         state = f"{zlib.crc32(repr(facts).encode()):08x}"
         self.name = path.name
-        folder = Path(cache or path.parent).expanduser()
+        folder = Path(cache or path.parent)
         file = folder / f"{path.name}.{state}.cache.npy"
         if not file.exists():
             unpack(file, shape, blocks)
@@ -379,7 +379,7 @@ def cast_room(o, view, d):
         (1, 1, ROOM, -1),  # back wall
         (1, 0, -ROOM, 1),  # left wall
         (1, 0, ROOM, -1),  # right wall
-        (0, 2, 0, 1),      # floor, the last
+        (0, 2, 0, 1),      # floor
     )
     for surface, axis, offset, inward in planes:
         distance = (offset - o[axis]) / d[axis]
@@ -390,7 +390,7 @@ def cast_room(o, view, d):
         dark, lamp = light(point, normal, view)
         weights[:, seen] = 0
         weights[surface, seen] = (dark + lamp)[seen]
-    return weights, point, np.where(seen, lamp, 0)
+    return weights, point, np.where(seen, lamp, 0)  # of the floor, the last plane
 
 
 def render(scale, shape, eye, room):

@@ -6,7 +6,7 @@ function `denoise(x_t, t) -> eps`, for example `lambda x_t, t: unet(x_t, t, toke
 
 Letters (the papers'): T steps; t in 0..T-1 (the papers count 1..T: our t is their t - 1); beta_t;
 alpha_t = 1 - beta_t; abar_t = product of alpha up to t; x_0 clean latent, x_t noisy latent, eps the
-noise in it.  Shapes: B batch, C channels, H, W height and width.
+noise in it. Shapes: B batch, C channels, H, W height and width.
 """
 import math
 from collections.abc import Callable

@@ -158,11 +158,10 @@ class ConceptEncoder(nn.Module):
         token_dim: int = 16,                      # D
         width: int = 128,                         # channels of the trunk
         strides: tuple[int, ...] = (2, 2, 2, 2),  # of its convolutions, 2 or 4 each
-        image_size: int = 64,
     ):
         super().__init__()
         self.trunk = build_trunk(width, strides)
-        side = image_size // math.prod(strides)
+        side = 64 // math.prod(strides)
         if kind == "scalar":
             self.head = ScalarTokens(width * side**2, n_tokens, token_dim)
         elif kind == "vector":
@@ -173,7 +172,6 @@ class ConceptEncoder(nn.Module):
             raise ValueError(f"{kind!r} is none of {ENCODERS}")
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, 64, 64) in [-1, 1]. Returns tokens (B, N, D)."""
         return self.head(self.trunk(images))
 
     def scalars(self, images: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ V bins of a code, M nodes of a tree's level, R importance, H entropy.
 import argparse
 import json
 import math
-import os
 import sys
 import zipfile
 from collections.abc import Callable
@@ -49,17 +48,17 @@ def check_codes(z, y):
     return z.astype(np.float32), classes
 
 
-def entropy(p, base=math.e):
+def entropy(p):
     """Entropy of each row of p, scaled to sum 1: (rows,)."""
     p = p / p.sum(1, keepdims=True)
     logarithm = np.log(np.maximum(p, 1e-300))  # 0 log 0 = 0
-    return -(p * logarithm).sum(1) / np.log(base)
+    return -(p * logarithm).sum(1)
 
 
 def purity(R):
     """Mean of 1 - entropy over the rows of R, weighted by their sums."""
     weight = R.sum(1) if R.any() else np.ones(len(R))
-    row_entropy = entropy(R + 1e-11, base=R.shape[1])  # 1e-11 is the authors'
+    row_entropy = entropy(R + 1e-11) / np.log(R.shape[1])  # 1e-11 is the authors'
     return float((weight / weight.sum() * (1 - row_entropy)).sum())
 
 
@@ -85,18 +84,17 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array) -> dict:
     return {
         "disentanglement": purity(R),
         "completeness": purity(R.T),
-        "informativeness_train": float(right[:n].mean()),
         "informativeness_test": float(right[n:].mean()),
         "accuracy": right[n:].mean(0).tolist(),
         "importance": R,
     }
 
 
-def dci_scores(z, y, seed=0, points=(10000, 5000)):
+def dci_scores(z, y, points=(10000, 5000)):
     """dci of training and test points drawn without replacement, in types for JSON."""
     if len(z) < sum(points):
         raise InputError(f"DCI needs {sum(points)} points, {len(z)} are there")
-    rows = np.random.default_rng(seed).choice(len(z), sum(points), replace=False)
+    rows = np.random.default_rng(0).choice(len(z), sum(points), replace=False)
     fit, test = rows[:points[0]], rows[points[0]:]
     scores = dci(z[fit], y[fit], z[test], y[test])
     return {**scores, "importance": scores["importance"].tolist()}
@@ -120,22 +118,21 @@ def draw_partners(y, first, rng):
 
 
 def factor_vae_score(
-    z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5000), batch: int = 64,
-    points: int = 10000, min_std: float = 0.05,
+    z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5000), min_std: float = 0.05
 ) -> float:
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
-    `batch` points that share a factor's value vote for the code that varies least, relative to its
-    deviation over `points` points; those < min_std are pruned. votes: to learn from, to predict.
+    64 points that share a factor's value vote for the code that varies least, relative to its
+    deviation over 10,000 points; those < min_std are pruned. votes: to learn from, to predict.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
-    std = z[rng.choice(len(z), min(points, len(z)), replace=False)].std(0)
+    std = z[rng.choice(len(z), min(10000, len(z)), replace=False)].std(0)
     kept = std >= min_std
     if not kept.any():
         return 0.0
     z = z[:, kept] / std[kept]
-    first = rng.integers(len(z), size=(sum(votes), 1)).repeat(batch, axis=1)  # one point a vote
+    first = rng.integers(len(z), size=(sum(votes), 1)).repeat(64, axis=1)  # one point a vote
     factor, rows = draw_partners(y, first, rng)  # (votes,), (votes, batch)
     code = np.empty(len(rows), np.int64)
     for vote, shared in enumerate(rows):
@@ -181,15 +178,16 @@ def beta_vae_score(
     return (predicted == target[n:]).float().mean().item()
 
 
-def mig(z: Array, y: Array, seed: int = 0, points: int = 10000, n_bins: int = 20) -> float:
-    """Mutual information gap (Chen et al. 2018, equation 6), [0, 1], of codes in n_bins bins.
+def mig(z: Array, y: Array) -> float:
+    """Mutual information gap (Chen et al. 2018, equation 6), [0, 1], of codes in 20 bins.
 
     The gap between the two codes that tell most of a factor, as a share of its entropy.
     """
     z, y = check_codes(z, y)
-    rows = np.random.default_rng(seed).choice(len(z), min(points, len(z)), replace=False)
+    rows = np.random.default_rng(0).choice(len(z), min(10000, len(z)), replace=False)
     z, y = z[rows].astype(np.float64), y[rows]
     n, N = z.shape
+    n_bins = 20
     z = z - z.min(0)
     top = np.where(z.max(0) > 0, z.max(0), 1)
     bins = np.minimum(z / top * n_bins, n_bins - 1).astype(np.int64)  # (n, N)
@@ -262,8 +260,7 @@ def nearest_factors(ds, images, wanted):
 
 
 def swap_accuracy(
-    ds: Dataset, encode: Callable, decode: Callable, importance: Array | None,
-    pairs: int = 64,
+    ds: Dataset, encode: Callable, decode: Callable, importance: Array | None, pairs: int = 64
 ) -> dict:
     """If all tokens of one factor come from another image, does just that factor change? (Ours.)
 
@@ -613,9 +610,9 @@ def draw(run, names):
 OF_FACTORS = dict(dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score)
 
 
-def psnr(run, count=256):
+def psnr(run):
     """In dB, of the mean squared error: from tokens, and by the autoencoder alone."""
-    images = run.images(count, seed=1)
+    images = run.images(256, seed=1)
     autoencoder = run.vae.decode(run.vae.encode(images)).clamp(-1, 1)
     scores = {}
     for key, x in (("psnr_autoencoder", autoencoder), ("psnr", run.decode(run.encode(images)))):
@@ -662,8 +659,7 @@ def score_run(run):
         for name, metric in OF_FACTORS.items():
             add_scores(result, name, metric, z, y)
         run.importance = result["scores"].get("importance")
-        inputs = run.ds, run.encode, run.decode, run.importance
-        add_scores(result, "swap", swap_accuracy, *inputs)
+        add_scores(result, "swap", swap_accuracy, run.ds, run.encode, run.decode, run.importance)
     elif run.ds.attributes is not None:
         y = run.ds.attributes[index]
         add_scores(result, "tad", tad, z, y)
@@ -684,7 +680,7 @@ def name_setting(result):
     if "run" in result:
         cfg = {**vars(train.config_of(result["run"])), "steps": result["step"]}  # taken
         usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
-        for key in sorted(cfg.keys() - {"seed", "device", "score_images"}):
+        for key in sorted(cfg.keys() - {"seed", "device", "score_images", "cuda_graphs"}):
             if cfg[key] != usual[key]:
                 name += f", {key} {cfg[key]}"
     return name
@@ -728,24 +724,25 @@ def main(argv: list | None = None) -> list:
     add("--device", default="", help="cpu, cuda, mps or auto [the run's]")
     args = parser.parse_args(argv)
     several = len(args.runs) > 1
-    if bool(args.runs) == bool(args.codes) or (several and args.out):
-        raise InputError("name runs or --codes FILE; --out for one run alone")
-    out = os.path.expanduser(args.out)
+    figures = args.figures is not None
+    if bool(args.runs) == bool(args.codes) or (several and args.out) or (args.codes and figures):
+        raise InputError("name runs or --codes FILE; --figures for runs, --out for one run alone")
     results = []
     if args.codes:
-        results.append(score_file(os.path.expanduser(args.codes)))
-        if out:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            train.write_json(Path(out) / "scores.json", results[0])
-    for folder in map(os.path.expanduser, args.runs):
-        place = folder, args.data, out, args.device
+        results.append(score_file(args.codes))
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            train.write_json(Path(args.out) / "scores.json", results[0])
+    for folder in args.runs:
+        where = folder, args.data, args.out, args.device
         try:
-            if args.figures is not None:
-                draw(Run(*place), args.figures)
-            elif several and kept_scores(folder):
-                results.append(kept_scores(folder))
-            else:
-                results.append(score_run(Run(*place)))
+            if figures:
+                draw(Run(*where), args.figures)
+                continue
+            result = kept_scores(folder) if several else {}
+            result = result or score_run(Run(*where))
+            name_setting(result)  # InputError if it is of another version
+            results.append(result)
         except InputError as error:
             if not several:
                 raise

@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020): a projection to 4 times the width, gated by GELU of another."""
+    """GEGLU (Shazeer 2020): a projection to 4 times the width, times GELU of another."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -244,7 +244,11 @@ class UNet(nn.Module):
         x_t: (B, C, H, W), H and W divisible by 2^(levels - 1); t: (B,) int64 in 0..T-1; tokens:
         (B, N, D). attn_maps: a list that receives the map (B, heads, L, N) of each cross attention.
         """
-        emb = self.embed(t, tokens)                     # (B, E)
+        emb = timestep_embedding(t, self.conv_in.out_channels)  # (B, C_0)
+        emb = self.time_mlp(emb)                        # (B, E)
+        if self.token_mlp is not None:
+            emb = emb + self.token_mlp(tokens.flatten(1))  # (B, N*D) -> (B, E)
+        emb = F.silu(emb)
         h = self.conv_in(x_t)                           # (B, C_0, H, W)
         skips = [h]
         for block in self.down:
@@ -257,14 +261,6 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)  # (B, C' + C_skip, H', W')
             h = block(h, emb, tokens, attn_maps)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-    def embed(self, t: Tensor, tokens: Tensor) -> Tensor:
-        """SiLU of the embedding of t plus, with "adagn", that of the tokens: (B, E)."""
-        emb = timestep_embedding(t, self.conv_in.out_channels)  # (B, C_0)
-        emb = self.time_mlp(emb)
-        if self.token_mlp is not None:
-            emb = emb + self.token_mlp(tokens.flatten(1))       # (B, N*D) -> (B, E)
-        return F.silu(emb)
 
 
 def build_down(c, widths, res_blocks, attention_levels, sizes):

@@ -80,7 +80,7 @@ class Config:
     heads: int = 2
     conditioning: str = "cross-attention"   # or adagn, an ablation
     # diffusion
-    schedule: str = "linear"        # linear, sqrt_linear, sqrt or cosine
+    schedule: str = "linear"        # linear (in sqrt(beta)), sqrt_linear, sqrt or cosine
     loss: str = "l1"                # l1 or l2, of the predicted noise
     stratified: bool = True         # one t in each of B parts of 0..T-1
     t_power: float = 1.0            # t = T u^p, u uniform; above 1: mostly low noise
@@ -142,14 +142,13 @@ def parse(argv):
     if folder:
         wrong = set(given) - {"steps", "device", "data", "cache", "cuda_graphs"}
         if wrong:
-            names = ", ".join(sorted(wrong)).replace("_", "-")
-            raise InputError(f"--resume takes {names} from the run: leave it out")
+            raise taken("--resume", wrong)
         cfg = config_of(read_run(folder))
         if given.get("data") and not cfg.data:
             raise InputError(f"{folder} is of the built-in world: leave out --data")
         return dataclasses.replace(cfg, out=folder, **given), True
     if given.get("vae"):
-        given = {**first_stage_of(given["vae"]), **given}
+        given.update(first_stage_of(given["vae"], given))
     cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
     if not cfg.out:
         name = Path(cfg.data).stem or "world"
@@ -157,12 +156,21 @@ def parse(argv):
     return cfg, False
 
 
-def first_stage_of(folder):
-    """The settings of another run's first stage."""
+def taken(flag, names):
+    """The InputError for flags beside one that takes them from a run."""
+    names = ", ".join(sorted(names)).replace("_", "-")
+    return InputError(f"{flag} takes {names} from the run: leave it out")
+
+
+def first_stage_of(folder, given):
+    """The settings of another run's first stage. InputError if they are given, too."""
     settings = {}
     for name, value in vars(config_of(read_run(folder))).items():
         if name in ("first_stage", "latent_channels") or name.startswith("vae_"):
             settings[name] = value
+    wrong = settings.keys() & given.keys()
+    if wrong:
+        raise taken("--vae", wrong)
     return settings
 
 
@@ -208,7 +216,6 @@ def check(cfg):
 # ---- networks ----
 
 def build_vae(cfg: Config) -> Autoencoder:
-    """The first stage."""
     return Autoencoder(
         kind=cfg.first_stage,
         channels=cfg.vae_channels,
@@ -221,7 +228,6 @@ def build_vae(cfg: Config) -> Autoencoder:
 
 
 def build_encoder(cfg: Config) -> ConceptEncoder:
-    """The token encoder."""
     return ConceptEncoder(
         kind=cfg.encoder,
         n_tokens=cfg.tokens,
@@ -273,7 +279,6 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     log = Log(cfg, "vae", start, cfg.vae_steps, seconds)
     processes = ranks()[1]
     B = cfg.vae_batch_size // processes
-    model = wrap(vae, cfg)
 
     def draw_images(n):
         return move(ds.images(torch.randint(len(ds), (n,))), device)  # (n, 3, 64, 64)
@@ -281,6 +286,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     if start == 0 and cfg.first_stage == "vq":
         with torch.no_grad():
             vae.codebook.init_from(vae.encoder(draw_images(256)))
+    model = wrap(vae, cfg)
     for step in range(start, cfg.vae_steps):
         seed_step(cfg.seed, step)
         images = draw_images(B)             # (B, 3, 64, 64)
@@ -309,8 +315,8 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
     unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)  # of the U-Net alone, as the authors have it
-    if cfg.cuda_graphs:  # changes batch norm, so before restore
-        record_graphs(encoder, unet, cfg, device)
+    if cfg.cuda_graphs:  # after ema's copy; before restore: it updates batch norm
+        record_graphs(encoder, unet, cfg)
     fused = device.type != "mps"
     params = [*encoder.parameters(), *unet.parameters()]
     optimizer = torch.optim.AdamW(params, cfg.lr, cfg.betas, weight_decay=0.01, fused=fused)
@@ -412,18 +418,19 @@ def wrap(module, cfg):
     """Compiled if asked for; with several processes, gradients are averaged over them."""
     if cfg.compile:
         module = torch.compile(module)
-    if dist.is_initialized():
+    if ranks()[1] > 1:
         module = torch.nn.parallel.DistributedDataParallel(module)
     return module
 
 
-def record_graphs(encoder, unet, cfg, device):
-    """Makes each pass, forward or backward, a CUDA graph: one launch, not one a kernel."""
-    images = torch.zeros(cfg.batch_size, 3, 64, 64, device=device)
-    x_t = torch.zeros(cfg.batch_size, *latent_shape(cfg), device=device)
-    t = torch.zeros(cfg.batch_size, dtype=torch.int64, device=device)
+def record_graphs(encoder, unet, cfg):
+    """Replaces `forward` and its backward, in place, by CUDA graphs: a launch, not one a kernel."""
+    B = cfg.batch_size
+    images = torch.zeros(B, 3, 64, 64, device="cuda")
+    x_t = torch.zeros(B, *latent_shape(cfg), device="cuda")
+    t = torch.zeros(B, dtype=torch.int64, device="cuda")
     with torch.autocast("cuda", torch.bfloat16, cfg.precision == "bfloat16", cache_enabled=False):
-        tokens = encoder(images).detach().requires_grad_()
+        tokens = encoder(images).detach().requires_grad_()  # as in training
         torch.cuda.make_graphed_callables((encoder, unet), ((images,), (x_t, t, tokens)))
 
 
@@ -443,8 +450,7 @@ class Log:
         self.saved = time.monotonic()
         self.started = self.saved - seconds  # as if it had never stopped
         self.is_first = ranks()[0] == 0  # the process that writes
-        hidden = start >= steps or not self.is_first
-        self.bar = tqdm(total=steps, initial=start, desc=stage, mininterval=1.0, disable=hidden)
+        self.bar = tqdm(total=steps, initial=start, desc=stage, disable=not self.is_first)
 
     def add(self, loss):
         """Counts a step with its loss; returns whether to save now.
@@ -502,7 +508,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: has this run been trained?") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged: remove it and --resume") from error
+        raise InputError(f"{path} is damaged: remove the .pt files and --resume") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
@@ -584,6 +590,10 @@ def prepare(cfg, resume, device):
     images = run.get("data", data)["images"]
     if images != len(ds):
         raise InputError(f"{folder} was trained on {images} images, {ds.name} has {len(ds)}")
+    if resume and (folder / "model.pt").exists():
+        step = load_checkpoint(folder / "model.pt")["step"]
+        if step > cfg.steps:
+            raise InputError(f"{folder} has had {step} steps: give as many --steps or more")
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.vae and not resume:
         load_checkpoint(Path(cfg.vae) / "vae.pt")  # InputError
@@ -603,7 +613,6 @@ def main(argv: list[str] | None = None) -> str:
     device = choose_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
     if "RANK" in os.environ:  # torchrun started this process
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, processes = ranks()
@@ -611,7 +620,7 @@ def main(argv: list[str] | None = None) -> str:
         raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
                          f"{cfg.vae_batch_size} evenly")
     if cfg.cuda_graphs and (device.type != "cuda" or processes > 1 or cfg.compile):
-        raise InputError("CUDA graphs need one GPU and no --compile: --no-cuda-graphs")
+        raise InputError("CUDA graphs need one GPU and no --compile: give --no-cuda-graphs")
     if rank == 0:
         ds = prepare(cfg, resume, device)
     if processes > 1:
@@ -619,6 +628,8 @@ def main(argv: list[str] | None = None) -> str:
     if rank > 0:
         ds = open_dataset(cfg.data, cfg.cache)
     vae = train_vae(cfg, ds, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
     train_tokens(cfg, ds, vae, device)
     if dist.is_initialized():
         dist.destroy_process_group()

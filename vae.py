@@ -3,7 +3,7 @@
 The convolutional autoencoder of latent diffusion (Rombach et al. 2022, section 3.1), trained first,
 then frozen. "kl": a Gaussian latent, pulled towards N(0, I). "vq": a latent replaced by the
 nearest vectors of a codebook (van den Oord et al. 2017); as in EncDiff, x_0 is the latent before
-this, and decoding begins with it.
+quantisation, and decoding begins with that.
 
 DEVIATION: the loss is L1 + codebook (or KL) alone, without the authors' LPIPS (it needs downloaded
 weights) and patch discriminator.
@@ -198,5 +198,4 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def set_scale(self, images: Tensor):
         """Brings x_0 of these images (B, 3, H, W) to unit standard deviation."""
-        self.scale.fill_(1.0)
-        self.scale.copy_(1 / self.encode(images).std())
+        self.scale /= self.encode(images).std()

@@ -64,7 +64,7 @@ class Step:
         self.unet = unet.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(unet).requires_grad_(False)
         if cfg.cuda_graphs:
-            train.record_graphs(self.encoder, self.unet, cfg, device)
+            train.record_graphs(self.encoder, self.unet, cfg)
         self.params = [*self.encoder.parameters(), *self.unet.parameters()]
         self.compiled = [train.wrap(self.encoder, cfg), train.wrap(self.unet, cfg)]
         self.optimizer = torch.optim.AdamW(self.params, 1e-5, cfg.betas, fused=device.type != "mps")

@@ -306,7 +306,7 @@ def test_damaged_files_are_refused(make, tmp_path, name):
     flipped = bytes(255 - byte for byte in whole[middle:middle + 2000])
     for damaged in (whole[:-10], whole[:50], whole[:middle] + flipped + whole[middle + 2000:]):
         path.write_bytes(damaged)
-        refused(path, f"cannot unpack {path}", "fetch it again if it is damaged")
+        refused(path, f"cannot unpack {path}", "undamaged")
     path.write_bytes(b"not a data file")
     refused(path, f"cannot unpack {path}")
     path.unlink()

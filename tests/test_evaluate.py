@@ -202,6 +202,22 @@ def test_an_unfinished_run_is_left_out_of_the_table(make_run, capsys):
     assert f"{runs[1]} is left out" in capsys.readouterr().out
 
 
+def test_codes_have_no_figures():
+    with pytest.raises(InputError, match="--figures for runs"):
+        evaluate.main(["--codes", "z.npz", "--figures"])
+
+
+def test_a_run_of_another_version_is_left_out_of_the_table(make_run, capsys):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    evaluate.main(runs)
+    path = Path(runs[1]) / "scores.json"
+    scores = json.loads(path.read_text())
+    scores["run"]["config"]["dropout"] = 0.1
+    train.write_json(path, scores)
+    assert len(evaluate.main(runs)) == 1
+    assert f"{runs[1]} is left out: this run is of another version" in capsys.readouterr().out
+
+
 def test_what_cannot_be_scored_is_left_out_and_said(make_run, monkeypatch, capsys):
     monkeypatch.setitem(evaluate.OF_FACTORS, "dci", evaluate.dci_scores)  # needs 15,000 points
     result, = evaluate.main([make_run()])

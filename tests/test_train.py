@@ -238,6 +238,10 @@ def test_nothing_is_overwritten(run, tmp_path):
         train.main(["--resume", str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match="takes vae-lr from the run"):
         train.main(["--resume", folder, "--vae-lr", "0.5"])
+    kept = read_run(folder)
+    with pytest.raises(InputError, match="has had 30 steps"):
+        train.main(["--resume", folder, "--steps", "29"])
+    assert read_run(folder) == kept
     (Path(folder) / "run.json").write_text('{"config": ')
     with pytest.raises(InputError, match="run.json is missing or damaged"):
         train.main(["--resume", folder])
@@ -259,7 +263,7 @@ def test_cuda_graphs_change_no_loss(run):
 
 def test_a_first_stage_that_cannot_be_used(run, npz, tmp_path):
     first = run("first")
-    with pytest.raises(InputError, match="vae.pt is of another configuration"):
+    with pytest.raises(InputError, match="--vae takes vae-channels from the run"):
         run("wider", f"--vae {first} --vae-channels 16")
     (Path(first) / "vae.pt").unlink()
     with pytest.raises(InputError, match="vae.pt is missing"):
