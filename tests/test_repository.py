@@ -64,7 +64,7 @@ def test_readme_snippets_run():
 
 
 def test_commands_and_their_flags_exist(capsys, monkeypatch):
-    monkeypatch.setattr(train, "first_stage_of", lambda folder: {})
+    monkeypatch.setattr(train, "first_stage_of", lambda folder, given: {})
     with pytest.raises(SystemExit):
         evaluate.main(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
