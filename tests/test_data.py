@@ -317,7 +317,7 @@ def test_damaged_files_are_refused(make, tmp_path, name):
 def test_a_cache_that_cannot_be_written_is_named(make, tmp_path):
     path, _ = make("3dshapes.h5")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="name a --cache if its folder cannot be written"):
+    with pytest.raises(InputError, match="name a --cache if nothing can be written beside it"):
         open_dataset(path, cache=tmp_path / "file")
 
 
