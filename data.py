@@ -390,7 +390,7 @@ def cast_room(o, view, d):
         dark, lamp = light(point, normal, view)
         weights[:, seen] = 0
         weights[surface, seen] = (dark + lamp)[seen]
-    return weights, point, np.where(seen, lamp, 0)  # of the floor, the last plane
+    return weights, point, np.where(seen, lamp, 0)  # of the floor, the last
 
 
 def render(scale, shape, eye, room):

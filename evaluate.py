@@ -741,7 +741,7 @@ def main(argv: list | None = None) -> list:
                 continue
             result = kept_scores(folder) if several else {}
             result = result or score_run(Run(*where))
-            name_setting(result)  # InputError if it is of another version
+            name_setting(result)  # InputError: another version
             results.append(result)
         except InputError as error:
             if not several:

@@ -157,7 +157,7 @@ def parse(argv):
 
 
 def taken(flag, names):
-    """The InputError for flags beside one that takes them from a run."""
+    """For flags beside one that takes them from a run."""
     names = ", ".join(sorted(names)).replace("_", "-")
     return InputError(f"{flag} takes {names} from the run: leave it out")
 
@@ -216,6 +216,7 @@ def check(cfg):
 # ---- networks ----
 
 def build_vae(cfg: Config) -> Autoencoder:
+    """The first stage."""
     return Autoencoder(
         kind=cfg.first_stage,
         channels=cfg.vae_channels,
@@ -228,6 +229,7 @@ def build_vae(cfg: Config) -> Autoencoder:
 
 
 def build_encoder(cfg: Config) -> ConceptEncoder:
+    """The token encoder."""
     return ConceptEncoder(
         kind=cfg.encoder,
         n_tokens=cfg.tokens,
@@ -424,7 +426,7 @@ def wrap(module, cfg):
 
 
 def record_graphs(encoder, unet, cfg):
-    """Replaces `forward` and its backward, in place, by CUDA graphs: a launch, not one a kernel."""
+    """Replaces `forward` and its backward, in place, by CUDA graphs: one launch each."""
     B = cfg.batch_size
     images = torch.zeros(B, 3, 64, 64, device="cuda")
     x_t = torch.zeros(B, *latent_shape(cfg), device="cuda")
@@ -593,7 +595,7 @@ def prepare(cfg, resume, device):
     if resume and (folder / "model.pt").exists():
         step = load_checkpoint(folder / "model.pt")["step"]
         if step > cfg.steps:
-            raise InputError(f"{folder} has had {step} steps: give as many --steps or more")
+            raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.vae and not resume:
         load_checkpoint(Path(cfg.vae) / "vae.pt")  # InputError
