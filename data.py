@@ -1,12 +1,23 @@
+# SPDX-License-Identifier: MIT
 """The data sets behind one small interface: files, folders of images, and the built-in world.
 
-Letters: B batch, H, W height and width (64), K factors, A attributes, n images of a file or folder.
+Cars3D comes as a folder of MATLAB files. With SciPy this turns it into the file read here:
+
+    cars = []
+    for file in sorted(Path("data/cars").glob("car_*_mesh.mat")):
+        views = loadmat(file)["im"].transpose(4, 3, 0, 1, 2).reshape(96, 128, 128, 3)
+        small = [Image.fromarray(view).resize((64, 64), Image.Resampling.LANCZOS) for view in views]
+        cars.append(np.stack([np.asarray(image) for image in small]))
+    np.savez_compressed("cars3d.npz", images=np.stack(cars, 1).reshape(-1, 64, 64, 3))
+
+Letters: B batch, K factors, A attributes, n images of a file or folder.
 """
 import colorsys
 import contextlib
-import glob
 import math
+import re
 import secrets
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,7 +26,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SIDE = 64  # height and width of all images, in pixels
@@ -57,13 +68,18 @@ class Dataset:
         return math.prod(self.factor_sizes)
 
     def pixels(self, index: np.ndarray) -> np.ndarray:
-        """index: (B,) int64 in 0..len-1. Returns uint8 (B, H, W, 3)."""
+        """index: (B,) int64 in 0..len-1. Returns uint8 (B, 64, 64, 3)."""
         raise NotImplementedError
 
+    def checksum(self) -> str:
+        """What tells data sets apart: a checksum of 64 images spread over all."""
+        index = np.linspace(0, len(self) - 1, 64).astype(np.int64)
+        return f"{zlib.crc32(self.pixels(index).tobytes()):08x}"
+
     def images(self, index) -> torch.Tensor:
-        """index: (B,) in 0..len-1. Returns float32 (B, 3, H, W) in [-1, 1]."""
-        pixels = torch.from_numpy(self.pixels(np.asarray(index)))  # (B, H, W, 3)
-        return pixels.permute(0, 3, 1, 2) / 127.5 - 1              # (B, 3, H, W)
+        """index: (B,) in 0..len-1. Returns float32 (B, 3, 64, 64) in [-1, 1]."""
+        pixels = torch.from_numpy(self.pixels(np.asarray(index)))  # (B, 64, 64, 3)
+        return pixels.permute(0, 3, 1, 2) / 127.5 - 1              # (B, 3, 64, 64)
 
     def factors(self, index) -> torch.Tensor:
         """index: (B,) in 0..len-1. Returns int64 (B, K): each factor's value, 0..size-1."""
@@ -104,7 +120,8 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
 class CachedDataset(Dataset):
     """Images of a file or folder, unpacked once into an .npy file that is mapped into memory.
 
-    files: the sources; a checksum of their names, sizes and times is in the .npy file's name.
+    files: the sources; a checksum of what the file system knows of them, which neither a copy nor
+    a replacement shares, is in the .npy file's name.
     shape: (n, 64, 64, 3) or grey (n, 64, 64). blocks: yields the bytes in order.
     """
 
@@ -112,35 +129,56 @@ class CachedDataset(Dataset):
         facts = []
         for source in files:
             stat = source.stat()
-            facts.append((source.name, stat.st_size, stat.st_mtime_ns))
+            changed = stat.st_mtime_ns, stat.st_ctime_ns
+            facts.append((stat.st_dev, stat.st_ino, stat.st_size, changed))
         state = f"{zlib.crc32(repr(facts).encode()):08x}"
         self.name = path.name
         folder = Path(cache or path.parent)
         file = folder / f"{path.name}.{state}.cache.npy"
-        if not file.exists():
+        if not is_whole(file, shape):
             unpack(file, shape, blocks)
-        self.stored = np.load(file, mmap_mode="r")  # (n, H, W, 3) or (n, H, W)
-        self.scale = 255 if self.stored[:100].max() == 1 else 1  # dSprites: 0 and 1
+        self.stored = np.load(file, mmap_mode="r")  # (n, 64, 64, 3) or (n, 64, 64)
 
     def __len__(self):
         return len(self.stored)
 
     def pixels(self, index):
-        pixels = np.asarray(self.stored)[index] * np.uint8(self.scale)
+        pixels = np.asarray(self.stored)[index]
+        if self.name == "dSprites":  # 0 and 1
+            pixels = np.where(pixels > 0, np.uint8(255), np.uint8(0))
         if pixels.ndim == 3:  # grey
             pixels = np.stack([pixels] * 3, axis=-1)
-        return pixels  # (B, H, W, 3)
+        return pixels  # (B, 64, 64, 3)
+
+
+def is_whole(file, shape):
+    """Whether an unpacked file is there and not cut short."""
+    try:
+        return np.load(file, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def unpack(file, shape, blocks):
-    """Writes blocks of bytes, in all uint8 of this shape, as an .npy file."""
+    """Writes blocks of bytes, in all uint8 of this shape, as an .npy file.
+
+    First under another name. What a killed process left there is overwritten; two processes at a
+    time write the same bytes to the same places.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.touch()
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     bar = tqdm(desc=f"unpacking {file.name}", total=math.prod(shape), unit="B", unit_scale=True)
-    with bar, atomic(file) as temporary, open(temporary, "wb") as output:
-        np.lib.format.write_array_header_1_0(output, header)
-        for block in blocks:
-            bar.update(output.write(block))
+    try:
+        with bar, open(partial, "r+b") as output:
+            np.lib.format.write_array_header_1_0(output, header)
+            for block in blocks:
+                bar.update(output.write(block))
+        with contextlib.suppress(FileNotFoundError):  # the other process was faster
+            partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 SHAPES3D = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
@@ -151,6 +189,9 @@ GRIDS = (  # name (else the file's), factors, sizes
     ("", MPI3D, (4, 4, 2, 3, 3, 40, 40)),  # real, complicated shapes
     ("dSprites", ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32)),
     ("Cars3D", ("elevation", "azimuth", "object"), (4, 24, 183)),
+)
+UNREADABLE = (  # what Pillow raises
+    OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ATTRIBUTE_LIST = "list_attr_celeba.txt"
@@ -214,13 +255,17 @@ def find_factors(path, n, labels):
 def open_folder(path, cache):
     """A folder of images, also in subfolders; CelebA if its list of attributes is in or beside it.
 
-    CelebA's images are resized to 96, then cropped to 64, as by the authors of TAD.
+    CelebA's images, 000001.jpg and so on, are resized to 96, then cropped to 64, as by the authors
+    of TAD.
     """
-    names = sorted(glob.glob("**/*", root_dir=path, recursive=True))  # without hidden ones
-    files = [path / name for name in names if name.lower().endswith(SUFFIXES)]
+    files = []
+    for file in sorted(path.rglob("*"), key=str):
+        hidden = re.search(r"(^|[/\\])\.", str(file.relative_to(path)))
+        if file.suffix.lower() in SUFFIXES and not hidden:
+            files.append(file)
     lists = [*path.glob(ATTRIBUTE_LIST), *path.parent.glob(ATTRIBUTE_LIST)]
     side = SIDE
-    if lists:
+    if lists and all(re.fullmatch("[0-9]{6}", file.stem) for file in files):
         side = 96
         attributes = read_attributes(lists[0])
         found = len(files)
@@ -231,7 +276,7 @@ def open_folder(path, cache):
     shape = (len(files), SIDE, SIDE, 3)
     blocks = (load_image(file, side) for file in files)
     ds = CachedDataset(path, cache, files + lists, shape, blocks)
-    if lists:
+    if side == 96:
         ds.name = "CelebA"
         ds.attributes = np.array([attributes[file.stem] for file in files])  # (len, A)
     return ds
@@ -254,22 +299,25 @@ def read_attributes(file):
 def load_image(file, side):
     """Resizes the shorter side to `side` and crops the centre: uint8 (64, 64, 3)."""
     try:
-        image = Image.open(file).convert("RGB")
-    except (OSError, SyntaxError) as error:
+        image = ImageOps.exif_transpose(Image.open(file))  # as the camera was held
+        if image.mode.startswith("I"):  # grey, 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image = image.convert("RGB")
+    except UNREADABLE as error:
         raise InputError(f"{file} is no readable image, remove it ({error})") from error
     width = side * image.width // min(image.size)
     height = side * image.height // min(image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left = round((width - SIDE) / 2)
     top = round((height - SIDE) / 2)
-    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))  # (H, W, 3)
+    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))  # (64, 64, 3)
 
 
 # ---- 3. The built-in world ----
 # A room with sky, three walls, a floor, and an object with its shadow, by ray casting. Fitted to 13
 # images of 3D Shapes (Burgess and Kim 2018): the same factors, other images, other scores.
 # x points right, y away from the camera at orientation 0, z up; the object stands at (0, 0, 0).
-# G: geometries (scale x shape x orientation, 480). R: rays (H*SAMPLES * W*SAMPLES).
+# G: geometries (scale x shape x orientation, 480). R: rays (64*SAMPLES * 64*SAMPLES).
 
 SCALES = np.linspace(0.75, 1.25, 8)
 ORIENTATIONS = np.linspace(-30, 30, 15)  # degrees
@@ -394,7 +442,7 @@ def cast_room(o, view, d):
 
 
 def render(scale, shape, eye, room):
-    """One geometry: weights (5, H*W). eye, room: from `camera` and `cast_room`."""
+    """One geometry: weights (5, 64*64). eye, room: from `camera` and `cast_room`."""
     o, view, d = eye
     weights, point, lamp = room
     weights = weights.copy()
@@ -417,6 +465,9 @@ class World(Dataset):
     name = "built-in world"
     factor_names, factor_sizes = GRIDS[0][1:]
 
+    def checksum(self):
+        return self.name  # another machine may round a pixel differently
+
     def __init__(self):
         weights = np.empty((8, 4, 15, 5, SIDE ** 2), np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):  # rays that miss
@@ -425,16 +476,16 @@ class World(Dataset):
                 room = cast_room(*eye)
                 for i, shape in np.ndindex(8, 4):
                     weights[i, shape, k] = render(SCALES[i], shape, eye, room)
-        self.weights = torch.from_numpy(weights).flatten(0, 2)  # (G, 5, H*W)
+        self.weights = torch.from_numpy(weights).flatten(0, 2)  # (G, 5, 64*64)
         hues = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
         self.hues = torch.tensor(hues)                   # (10, 3)
         self.sky_white = torch.tensor([SKY, (1, 1, 1)])  # (2, 3)
 
     def pixels(self, index):
-        hues = self.hues[self.factors(index)[:, :3]]    # (B, 3, 3): a row a surface
+        hues = self.hues[self.factors(index)[:, :3]]    # (B, 3, 3): surface, colour
         sky_white = self.sky_white.expand(len(hues), 2, 3)
         colours = torch.cat([hues, sky_white], 1)       # (B, 5, 3)
         weights = self.weights[index % len(self.weights)]
-        images = 255 * colours.mT @ weights             # (B, 3, H*W)
+        images = 255 * colours.mT @ weights             # (B, 3, 64*64)
         images = images.clamp_(max=255).round_().to(torch.uint8)
         return images.view(-1, 3, SIDE, SIDE).permute(0, 2, 3, 1).numpy()

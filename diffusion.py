@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The diffusion half of EncDiff: noise schedules, the forward process and two samplers.
 
 DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and the cosine schedule (Nichol and Dhariwal 2021) as
@@ -6,7 +7,7 @@ function `denoise(x_t, t) -> eps`, for example `lambda x_t, t: unet(x_t, t, toke
 
 Letters (the papers'): T steps; t in 0..T-1 (the papers count 1..T: our t is their t - 1); beta_t;
 alpha_t = 1 - beta_t; abar_t = product of alpha up to t; x_0 clean latent, x_t noisy latent, eps the
-noise in it. Shapes: B batch, C channels, H, W height and width.
+noise in it. Shapes: B batch, Z, h, w channels, height and width of the latent.
 """
 import math
 from collections.abc import Callable
@@ -46,8 +47,8 @@ class Diffusion(nn.Module):
     A module so that its tables move with .to(device); they are computed in float64, kept in float32
     and left out of checkpoints.
 
-    In all methods: x_0, x_t, x_T, eps (predicted, or N(0, I)) and noise (N(0, I)) are (B, C, H, W);
-    t is (B,) int64 in 0..T-1.
+    In all methods: x_0, x_t, x_T, eps (predicted, or N(0, I)) and noise (N(0, I)) are (B, Z, h, w)
+    and what is returned has their type; t is (B,) int64 in 0..T-1.
     """
 
     def __init__(self, name: str = "linear", steps: int = 1000):
@@ -70,28 +71,36 @@ class Diffusion(nn.Module):
         for symbol, table in tables.items():
             self.register_buffer(symbol, table.float(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Moves the tables, but keeps them float32: in bfloat16 the first abar_t would be 1."""
+        tables = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for symbol, table in tables.items():
+            setattr(self, symbol, table.to(getattr(self, symbol).device))
+        return self
+
     # ---- forward process ----
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t, a draw of q(x_t | x_0) with the given noise eps (DDPM equation 4)."""
         signal = extract(self.sqrt_abar, t, x_0) * x_0
-        return signal + extract(self.sqrt_1m_abar, t, x_0) * eps
+        return (signal + extract(self.sqrt_1m_abar, t, x_0) * eps).type_as(x_0)
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """q_sample solved for x_0: the clean latent that a noise prediction implies."""
         signal = x_t - extract(self.sqrt_1m_abar, t, x_t) * eps
-        return signal / extract(self.sqrt_abar, t, x_t)
+        return (signal / extract(self.sqrt_abar, t, x_t)).type_as(x_t)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
+        """Mean (B, Z, h, w) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0), DDPM equation 7."""
         mean = extract(self.mean_x0, t, x_t) * x_0 + extract(self.mean_xt, t, x_t) * x_t
-        return mean, extract(self.variance, t, x_t)
+        return mean.type_as(x_t), extract(self.variance, t, x_t).type_as(x_t)
 
     def kl_to_noise(self, mean_square: float = 1.0) -> Tensor:
         """KL(q(x_t | x_0) || N(0, I)) per dimension, (T,): the width of EncDiff's bottleneck.
 
-        mean_square: E[x_0^2] of the latents, about 1 for ours. The paper's figure fits twice this
-        KL with mean_square 67.6 (shape, value at t = 0), not the posterior that its caption names.
+        mean_square: E[x_0^2] of the latents, about 1 for ours. The paper's curves (figure 2 b)
+        equal 2 x this for E[x_0^2] = 67.6; its caption names the posterior, which does not match.
         """
         return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
 
@@ -117,7 +126,7 @@ class Diffusion(nn.Module):
         sigma = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
         x_0 = self.predict_x0(x_t, t, eps)
         towards_x_t = (1 - abar_prev - sigma**2).clamp(min=0).sqrt() * eps
-        return abar_prev.sqrt() * x_0 + towards_x_t + sigma * noise
+        return (abar_prev.sqrt() * x_0 + towards_x_t + sigma * noise).type_as(x_t)
 
     @torch.no_grad()
     def ddpm_sample(self, denoise: Callable, x_T: Tensor) -> Tensor:
@@ -139,8 +148,8 @@ class Diffusion(nn.Module):
     ) -> Tensor:
         """DDIM over `steps` evenly spaced noise levels t = 0, T / steps, .. Returns x_0.
 
-        DEVIATION: latent diffusion's levels are higher by one; with steps < T ours omit t = T - 1,
-        where cosine's abar is too small to tell x_0 from eps.
+        DEVIATION: latent diffusion's levels are higher by one. With steps < T neither starts at
+        t = T - 1, where cosine's abar is too small to tell x_0 from eps.
         """
         if not 10 <= steps <= self.steps:
             raise ValueError(f"DDIM takes 10 to {self.steps} steps, not {steps}")
@@ -155,5 +164,5 @@ class Diffusion(nn.Module):
 
 
 def extract(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """The table's entries at t: (T,) and (B,) -> (B, 1, 1, 1), to multiply `like` (B, C, H, W)."""
+    """The table's entries at t: (T,) and (B,) -> (B, 1, 1, 1), to multiply `like` (B, Z, h, w)."""
     return table[t].view(-1, *[1] * (like.dim() - 1))

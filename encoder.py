@@ -1,11 +1,12 @@
+# SPDX-License-Identifier: MIT
 """The concept-token encoder of EncDiff: an image becomes N tokens S = {s_1 .. s_N}.
 
 The encoder of the paper's method section: a trunk of convolutions, then scalar or vector tokens;
 and slot attention (Locatello et al. 2020), which the paper does not use. With the defaults, the
 authors' for Shapes3D, it has 1.37 M parameters. Noise prediction, through the U-Net, trains it.
 
-Letters: B batch, C channels, H, W height and width of the trunk's feature map h (4x4 for 64x64
-images), L = H * W positions, N concept tokens, D token dimension.
+Letters: B batch, C, H, W channels, height and width of the trunk's feature map h (128, 4, 4 with
+the defaults), L = H * W positions, N concept tokens, D token dimension.
 """
 import math
 
@@ -37,7 +38,7 @@ class ResBlock(nn.Module):
 
 
 def build_trunk(width, strides):
-    """(B, 3, 64, 64) -> (B, width, H, W): 4x4 convolutions, then two residual blocks.
+    """(B, 3, 64, 64) -> (B, C, H, W), C = width: 4x4 convolutions, then two residual blocks.
 
     DEVIATION: no ReLU after the last convolution but one, as in the official code (`Encoder4`,
     openaimodel_enc.py, lines 1003-1005); the paper has one after each.
@@ -149,7 +150,7 @@ class SlotTokens(nn.Module):
 # ---- encoder ----
 
 class ConceptEncoder(nn.Module):
-    """images (B, 3, H, W) in [-1, 1] -> concept tokens (B, N, D)."""
+    """images (B, 3, 64, 64) in [-1, 1] -> concept tokens (B, N, D)."""
 
     def __init__(
         self,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How well the codes follow the factors: scores, figures and tables of a run, or of any codes.
 
     python evaluate.py RUN                  # scores a run and draws its main figures
@@ -9,8 +10,8 @@ Letters: n points (images), N codes or tokens, K factors, D token dimension, C c
 V bins of a code, M nodes of a tree's level, R importance, H entropy.
 """
 import argparse
-import json
 import math
+import os
 import sys
 import zipfile
 from collections.abc import Callable
@@ -25,9 +26,12 @@ from tqdm import tqdm
 
 import train
 from data import Dataset, InputError, atomic, open_dataset
-from diffusion import SCHEDULES, Diffusion
+from diffusion import Diffusion
+from encoder import ScalarTokens
 
 Array = np.ndarray
+FEW = 8  # points
+DDIM_STEPS = 50
 
 # ---- metrics on arrays ----
 # z: codes (n, N); y: factors (n, K), of any values that are classes.
@@ -41,10 +45,13 @@ def check_codes(z, y):
         raise InputError("there are NaN or infinite codes or factors")
     classes = np.empty(y.shape, np.int64)
     for k in range(y.shape[1]):
-        values, classes[:, k] = np.unique(y[:, k], return_inverse=True)
-        if not 2 <= len(values) <= len(y) / 4:
+        values, classes[:, k], count = np.unique(y[:, k], return_inverse=True, return_counts=True)
+        if not 2 <= len(values) <= len(y) / 2:
             raise InputError(f"factor {k} has {len(values)} values in {len(y)} points: it is "
                              "constant or continuous")
+        if len(y) - count.max() < FEW:
+            raise InputError(f"factor {k} has one value in all but {len(y) - count.max()} of "
+                             f"{len(y)} points: too few to score it")
     return z.astype(np.float32), classes
 
 
@@ -57,28 +64,31 @@ def entropy(p):
 
 def purity(R):
     """Mean of 1 - entropy over the rows of R, weighted by their sums."""
-    weight = R.sum(1) if R.any() else np.ones(len(R))
+    weight = R.sum(1) if R.any() else np.ones(len(R))  # no importance at all: as the authors
     row_entropy = entropy(R + 1e-11) / np.log(R.shape[1])  # 1e-11 is the authors'
     return float((weight / weight.sum() * (1 - row_entropy)).sum())
 
 
-def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array) -> dict:
+def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, rounds: int = 100) -> dict:
     """Disentanglement, completeness and informativeness (Eastwood and Williams 2018), [0, 1].
 
-    Gradient-boosted trees predict each factor from all codes. Also returns accuracy (K,) and
-    importance (N, K).
+    Gradient-boosted trees, grown in so many rounds, predict each factor from all codes. Also
+    returns accuracy (K,) and importance (N, K).
     """
     n = len(z_train)
+    check_codes(z_train, y_train)  # a class may be rare there
+    if len(z_test) == 0:
+        raise InputError("DCI needs test points")
     z, y = check_codes(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
     N, K = z.shape[1], y.shape[1]
     if N < 2 or K < 2:
         raise InputError(f"DCI needs 2 codes and 2 factors or more, not {N} and {K}")
-    bins, bags = bin_codes(z, n)
+    bins, bags = bin_codes(z, n)  # from here on: the trees, at the end of this file
     R = np.zeros((N, K), np.float32)
     right = np.zeros(y.shape, bool)
     for k in range(K):
         classes = torch.from_numpy(y[:, k])
-        importance, predicted = boost(bags, bins, classes[:n], C=int(classes.max()) + 1)
+        importance, predicted = boost(bags, bins, classes[:n], int(classes.max()) + 1, rounds)
         R[:, k] = importance / max(importance.sum(), 1e-30)
         right[:, k] = (predicted == classes).numpy()
     return {
@@ -185,7 +195,8 @@ def mig(z: Array, y: Array) -> float:
     """
     z, y = check_codes(z, y)
     rows = np.random.default_rng(0).choice(len(z), min(10000, len(z)), replace=False)
-    z, y = z[rows].astype(np.float64), y[rows]
+    z, y = check_codes(z[rows], y[rows])  # a class may be rare there
+    z = z.astype(np.float64)
     n, N = z.shape
     n_bins = 20
     z = z - z.min(0)
@@ -194,8 +205,8 @@ def mig(z: Array, y: Array) -> float:
     gaps = []
     for k in range(y.shape[1]):
         C = y[:, k].max() + 1
-        cell = (np.arange(N) * n_bins + bins) * C + y[:, k, None]  # (n, N)
-        joint = np.bincount(cell.ravel(), minlength=N * n_bins * C)
+        cell = (np.arange(N) * n_bins + bins) * C + y[:, k, None]  # (n, N), of code, bin, class
+        joint = np.bincount(cell.ravel(), minlength=N * n_bins * C)  # all histograms at once
         joint = joint.reshape(N, n_bins, C) / n  # p(bin, class)
         H_y = entropy(joint.sum(1))
         information = entropy(joint.sum(2)) + H_y - entropy(joint.reshape(N, -1))
@@ -210,7 +221,8 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
     y: attributes (n, A) of two values. A code's quality is the area under its ROC curve. Attributes
     count if their best area is >= auc_threshold and no other tells > max_share of their entropy.
     """
-    varies = (y != y[:1]).any(0)  # one value has no area
+    first = (y == y[:1]).sum(0)
+    varies = np.minimum(first, len(y) - first) >= FEW  # one value has no area
     z, a = check_codes(z, y[:, varies])
     if a.max() > 1:
         raise InputError("TAD is for attributes of two values")
@@ -264,10 +276,10 @@ def swap_accuracy(
 ) -> dict:
     """If all tokens of one factor come from another image, does just that factor change? (Ours.)
 
-    encode: images (B, 3, H, W) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K);
-    pairs: a factor. Returns a dict a factor of shares (exact: the nearest image is the wanted one;
-    moved: right in this factor; kept: in all others), mean and worst exact, and reconstruction: the
-    share right without a swap.
+    encode: images (B, 3, 64, 64) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K);
+    pairs: number of them per factor. Returns three shares of the pairs under each factor's name:
+    exact (the nearest image is the wanted one), moved (it is right in this factor), kept (it is
+    right in all others); the mean and worst exact; and as reconstruction what is exact unswapped.
     """
     sizes = np.array(ds.factor_sizes, np.int64)
     if importance is None:
@@ -301,115 +313,35 @@ def swap_accuracy(
     return scores
 
 
-# ---- skip on first reading: gradient-boosted trees ----
-
-def bin_codes(z, n):
-    """Cuts each code of z (n + n_test, N) into at most V bins, made for the first n points.
-
-    Returns bins like z, and bags: V, the points in all bins (N * n,), where a bin begins.
-    DEVIATION: with more than V values a tree tries V - 1 thresholds a code, scikit-learn's all.
-    """
-    V = n if n <= 2000 and z.shape[1] <= 64 else 256
-    columns = []
-    for code in torch.as_tensor(z).t():
-        values, count = code[:n].unique(return_counts=True)
-        edges = (values[:-1] + values[1:]) / 2  # midway, as scikit-learn
-        if len(values) > V:  # half in the widest gaps, half after equal counts
-            widest = values.diff().topk(V // 2).indices
-            share = torch.arange(1, V // 2) * n // (V // 2)
-            even = torch.searchsorted(count.cumsum(0), share).clamp(max=len(edges) - 1)
-            edges = edges[torch.cat([widest, even]).unique()]
-        columns.append(torch.bucketize(code.contiguous(), edges))  # edge v-1 < bin v <= edge v
-    bins = torch.stack(columns, dim=1)
-    N = bins.shape[1]
-    bag = (bins[:n] + V * torch.arange(N)).t().flatten()  # (N * n,), 0..N*V-1
-    count = torch.bincount(bag, minlength=V * N)
-    return bins, (V, bag.argsort(stable=True) % n, count.cumsum(0) - count)
-
-
-def best_splits(bags, residual, node, M, generator):
-    """The best split of each of the M nodes of a level, in C trees that grow together.
-
-    residual: (n, C), the targets; node: (n, C), each point's. Returns, (M, C) each: the decrease of
-    squared error, the code, the bin up to which points go left (V: all of them do).
-    """
-    V, points, starts = bags
-    n, C = residual.shape
-    inside = (node[:, None, :] == torch.arange(M)[:, None]).float()  # (n, M, C)
-    table = torch.stack([residual[:, None, :] * inside, inside], dim=1)  # (n, 2, M, C)
-    sums = F.embedding_bag(points, table.view(n, -1), starts, mode="sum")  # (N*V, 2*M*C)
-    left = sums.view(-1, V, 2, M, C).cumsum(1)  # (N, V, 2, M, C)
-    total = left[0, -1]  # (2, M, C), of any code
-    sum_left, n_left = left.unbind(2)  # (N, V, M, C) each
-    sum_right, n_right = (total - left).unbind(2)
-    decrease = sum_left**2 / n_left + sum_right**2 / n_right - total[0] ** 2 / total[1]
-    decrease = decrease.nan_to_num(0, 0, 0).clamp(min=0)  # one side is empty
-    gain, place = decrease.max(1)  # (N, M, C): each code's best
-    best = gain.max(0).values
-    tie_break = 1 + torch.rand(gain.shape, generator=generator)  # at random, as scikit-learn
-    code = ((gain == best) * tie_break).argmax(0)  # (M, C)
-    place = place.gather(0, code[None])[0]
-    return best, code, torch.where(best > 1e-9, place, V)
-
-
-def boost(bags, bins, y, C):
-    """Gradient-boosted trees (Friedman 2001, algorithm 6) as scikit-learn's, one a class and round.
-
-    Returns importance (N,) and predicted classes of all points, (n + n_test,).
-    """
-    rounds, max_depth, learning_rate = 100, 3, 0.1
-    n = len(y)
-    generator = torch.Generator().manual_seed(0)
-    target = F.one_hot(y, C).float()
-    start = target.mean(0).clamp(min=1e-12).log()  # (C,): log prior
-    shrink = (C - 1) / C
-    if C == 2:  # log odds of class 1
-        start, target, shrink = start[1:] - start[:1], target[:, 1:], 1.0
-    scores = start.repeat(len(bins), 1)  # (n + n_test, C)
-    importance = torch.zeros(bins.shape[1])
-    for _ in range(rounds):
-        p = scores[:n].softmax(1) if C > 2 else scores[:n].sigmoid()
-        residual = target - p  # minus the gradient of the loss
-        node = torch.zeros_like(scores, dtype=torch.int64)
-        for depth in range(max_depth):
-            M = 2**depth
-            decrease, code, place = best_splits(bags, residual, node[:n], M, generator)
-            importance.index_add_(0, code.flatten(), decrease.flatten() / n)
-            value = bins.gather(1, code.gather(0, node))  # of the node's code
-            node = 2 * node + (value > place.gather(0, node))  # left 2m, right 2m + 1
-        zeros = torch.zeros(2**max_depth, residual.shape[1])
-        numerator = zeros.scatter_add(0, node[:n], residual)
-        denominator = zeros.scatter_add(0, node[:n], p * (1 - p))
-        newton = shrink * numerator / denominator.clamp(1e-12)
-        newton = newton.clamp(-100, 100)  # DEVIATION: else they may diverge for 183 classes
-        scores += learning_rate * newton.gather(0, node)  # a Newton step in each leaf
-    return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
-
-
 # ---- loading a run ----
 
 def kept_scores(folder):
-    """What scores.json in a folder holds, {} without one."""
+    """What scores.json in a folder holds, {} without one. InputError."""
     path = Path(folder) / "scores.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    keys = {"data", "scores", "step"}
+    return train.read_json(path, keys, "remove it to score anew") if path.exists() else {}
 
 
 class Run:
     """A finished run: its data, its networks (the U-Net's moving average), frozen.
 
-    data: where its data is now; out: where results go; device. Empty: the run's.
+    data: where its data is now; out: where results go; device, cache. Empty: the run's. InputError.
     """
 
-    def __init__(self, folder: str, data: str = "", out: str = "", device: str = ""):
+    def __init__(
+        self, folder: str, data: str = "", out: str = "", device: str = "", cache: str = ""
+    ):
         self.info = train.read_run(folder)
         self.cfg = cfg = train.config_of(self.info)
-        self.ds = open_dataset(data or cfg.data, cfg.cache)
-        other = len(self.ds) != self.info["data"]["images"] or (data and not cfg.data)
+        self.ds = open_dataset(data or cfg.data, cache or cfg.cache)
+        other = self.ds.checksum() != self.info["data"]["checksum"]
         if other and not out:
             raise InputError(f"{folder} was trained on other data: to try this, add --out FOLDER")
         self.out = Path(out or folder)
         self.out.mkdir(parents=True, exist_ok=True)
+        self.ddim_steps = DDIM_STEPS
         self.device = train.choose_device(device or cfg.device)
+        train.allow_tf32(False)
         self.vae = train.build_vae(cfg)
         self.encoder = train.build_encoder(cfg)
         self.unet = train.build_unet(cfg)
@@ -425,6 +357,25 @@ class Run:
         kept = kept_scores(self.out if other else folder)
         self.importance = kept.get("scores", {}).get("importance")  # DCI's, (N, K), or None
 
+    def encode(self, images):
+        """Tokens (B, N, D) of images (B, 3, 64, 64) in [-1, 1]."""
+        return self.encoder(images.to(self.device))
+
+    def decode(self, tokens):
+        """Images (B, 3, 64, 64) in [-1, 1] from tokens (B, N, D).
+
+        DEVIATION: 50 DDIM steps, eta 0, from one noise for all (the authors: 200, eta 1).
+        """
+        generator = torch.Generator().manual_seed(0)
+        x_T = torch.randn(1, *train.latent_shape(self.cfg), generator=generator)
+        x_T = x_T.repeat(len(tokens), 1, 1, 1).to(self.device)  # (B, Z, h, w)
+        denoise = partial(self.unet, tokens=tokens)
+        if self.cfg.objective == "diffusion":
+            x_0 = self.diffusion.ddim_sample(denoise, x_T, self.ddim_steps)
+        else:  # the ablation's Decoder
+            x_0 = denoise(x_T, None)
+        return self.vae.decode(x_0).clamp(-1, 1)
+
     def rows(self, n, seed=0):
         """Numbers of n different images, at random."""
         rng = np.random.default_rng(seed)
@@ -433,33 +384,35 @@ class Run:
     def images(self, n, seed):
         return self.ds.images(self.rows(n, seed)).to(self.device)
 
-    def encode(self, images):
-        return self.encoder(images.to(self.device))
 
-    def decode(self, tokens):
-        """Images (B, 3, 64, 64) in [-1, 1] from tokens (B, N, D).
+@torch.no_grad()
+def compute_codes(encoder, ds, index):
+    """One number per token, (n, N): its scalar, else its first principal component."""
+    device = next(encoder.parameters()).device
+    is_scalar = isinstance(encoder.head, ScalarTokens)
+    network = encoder.scalars if is_scalar else encoder
+    codes = []
+    for start in tqdm(range(0, len(index), 500), "codes", leave=False):
+        images = ds.images(index[start:start + 500]).to(device)
+        codes.append(network(images).cpu())
+    codes = torch.cat(codes)  # (n, N) or (n, N, D)
+    return codes.numpy() if is_scalar else principal_components(codes).numpy()
 
-        DEVIATION: 50 DDIM steps, eta 0, from one noise for all (the authors: 200, eta 1).
-        """
-        denoise = partial(self.unet, tokens=tokens)
-        x_T = train.fixed_input(self.cfg).to(self.device)
-        x_T = x_T.repeat(len(tokens), 1, 1, 1)  # (B, Z, h, w)
-        if self.cfg.objective == "diffusion":
-            x_0 = self.diffusion.ddim_sample(denoise, x_T)
-        else:
-            x_0 = denoise(x_T, torch.zeros(len(tokens), device=self.device).long())
-        return self.vae.decode(x_0).clamp(-1, 1)
 
-    def codes(self, index):
-        """A number a token, (n, N): its scalar, else its first principal component."""
-        scalar = self.cfg.encoder == "scalar"
-        network = self.encoder.scalars if scalar else self.encoder
-        codes = []
-        for start in tqdm(range(0, len(index), 500), "codes", leave=False):
-            images = self.ds.images(index[start:start + 500]).to(self.device)
-            codes.append(network(images).cpu())
-        codes = torch.cat(codes)  # (n, N) or (n, N, D)
-        return codes.numpy() if scalar else principal_components(codes).numpy()
+def score_on_the_way(encoder, ds):
+    """DCI disentanglement and FactorVAE score while training: rough, of few images and trees."""
+    n = min(3500, len(ds) if ds.factor_names else 0)
+    index = np.random.default_rng(0).choice(len(ds), n, replace=False)
+    encoder.eval()
+    try:
+        z, y = compute_codes(encoder, ds, index), ds.factors(index).numpy()
+        D = dci(z[:-1000], y[:-1000], z[-1000:], y[-1000:], rounds=30)["disentanglement"]
+        score = factor_vae_score(z, y, votes=(1000, 1000))
+    except InputError:  # no factors, or too few images
+        return {}
+    finally:
+        encoder.train()
+    return {"disentanglement": round(D, 3), "factor_vae": round(score, 3)}
 
 
 def principal_components(tokens):
@@ -475,6 +428,7 @@ def principal_components(tokens):
 # ---- figures: each returns a sheet ----
 
 FONT = ImageFont.load_default(14)
+TARGET = 2  # a seed: in the built-in world its first image has three different hues
 
 
 def grid(rows):
@@ -511,32 +465,45 @@ def reconstruction(run):
     return grid({"image": images, "autoencoder": autoencoder, "from tokens": decoded})
 
 
+def target_and_sources(run):
+    """Ten images: a target, and nine that differ from it in every factor."""
+    rows = run.rows(2000, seed=TARGET)
+    if run.ds.factor_names:
+        y = run.ds.factors(rows).numpy()
+        differ = (y != y[0]).all(1)
+        hues = [k for k, name in enumerate(run.ds.factor_names) if name.endswith("hue")]
+        differ &= ~np.isin(y[:, hues], y[0, hues]).any(1)  # nor has any surface its hues
+        rows = np.append(rows[:1], rows[differ])
+    return run.ds.images(rows[:10]).to(run.device)
+
+
 def swap_sheet(run, groups):
-    """Ten images, then a row a group: its tokens are the first image's in all ten."""
-    images = run.images(10, seed=2)
+    """A target and its sources, then one row per group: its tokens are the target's in all."""
+    images = target_and_sources(run)
     tokens = run.encode(images)
+    blank = torch.ones_like(images[:1])
     rows = {"target, then sources": images}
     for label, group in groups.items():
-        swapped = tokens.clone()
+        swapped = tokens[1:].clone()
         swapped[:, group] = tokens[0, group]
-        rows[label] = run.decode(swapped)
+        rows[label] = torch.cat([blank, run.decode(swapped)]) if len(swapped) else blank
     return grid(rows)
 
 
 def swap(run):
-    """One row a factor: all the tokens that follow it."""
+    """One row per factor: all the tokens that follow it, those whose largest importance it has."""
     owner = token_owners(run.importance)
     names = enumerate(run.ds.factor_names)
     return swap_sheet(run, {name: np.flatnonzero(owner == k).tolist() for k, name in names})
 
 
 def swap_tokens(run):
-    """The paper's grid: one row a used token."""
+    """The paper's grid: one row per used token."""
     return swap_sheet(run, {label: [n] for label, n in used_tokens(run).items()})
 
 
 def traversal(run):
-    """One row a used token: its scalar from the 1st to the 99th percentile of 1,000 images."""
+    """One row per used token: its scalar from the 1st to the 99th percentile of 1,000 images."""
     scalars = run.encoder.scalars(run.images(1000, seed=3))  # (1000, N)
     values = scalars.quantile(torch.linspace(0.01, 0.99, 9, device=run.device), dim=0)  # (9, N)
     rows = {}
@@ -548,7 +515,10 @@ def traversal(run):
 
 
 def attention(run):
-    """One row a used token: bright where cross attention reads it, in latents noised to t = 500."""
+    """One row per used token: images, bright where cross attention reads it at t = 500.
+
+    The mean over blocks and heads; each row is divided by its own largest value.
+    """
     images = run.images(10, seed=4)
     x_0 = run.vae.encode(images)
     t = torch.full((len(images),), 500, device=run.device)
@@ -561,25 +531,9 @@ def attention(run):
         attn = attn.mean(1).transpose(1, 2)
         attn = attn.unflatten(2, (math.isqrt(attn.shape[2]), -1))  # (B, N, h, w)
         weight = weight + F.interpolate(attn, (64, 64), mode="bilinear")
-    rows = {"image, noised to t = 500": images}
+    rows = {"image": images}
     for label, n in used_tokens(run).items():
         rows[label] = (images + 1) * weight[:, n, None] / weight[:, n].max() - 1
-    return grid(rows)
-
-
-def bottleneck(run):
-    """KL(q(x_t | x_0) || N(0, I)) at t = 0..999 as a share of its value at 0.
-
-    Left for latents of mean square 1, as ours; right for 67.6, as fits the paper's figure.
-    """
-    rows = {}
-    height = torch.linspace(1, 0, 64)[:, None]
-    for name in SCHEDULES:
-        panels = []
-        for mean_square in (1.0, 67.6):
-            kl = Diffusion(name).kl_to_noise(mean_square)[::4]
-            panels.append(torch.where(height < kl / kl[0], 0.0, 1.0))
-        rows[name] = torch.stack(panels)[:, None].expand(-1, 3, -1, -1)
     return grid(rows)
 
 
@@ -589,7 +543,6 @@ FIGURES = {  # and the configuration each needs
     "swap_tokens": (swap_tokens, {}),
     "traversal": (traversal, {"encoder": "scalar"}),
     "attention": (attention, {"conditioning": "cross-attention", "objective": "diffusion"}),
-    "bottleneck": (bottleneck, {}),
 }
 
 
@@ -648,12 +601,13 @@ def score_file(path):
     return result
 
 
-def score_run(run):
-    """Writes scores.json, which it returns, codes.npz (z, y) and two figures."""
-    index = np.sort(run.rows(run.cfg.score_images or len(run.ds)))
-    z, y = run.codes(index), np.empty((len(index), 0))
-    data = dict(name=run.ds.name, factors=run.ds.factor_names)
+def score_run(run, n, argv):
+    """Scores n images (0: all). Writes scores.json, which it returns, codes.npz and two figures."""
+    index = np.sort(run.rows(n or len(run.ds)))
+    z, y = compute_codes(run.encoder, run.ds, index), np.empty((len(index), 0))
+    data = dict(name=run.ds.name, factors=run.ds.factor_names, checksum=run.ds.checksum())
     result = {"scores": {}, "step": run.step, "data": data}
+    result.update(images=len(index), ddim_steps=run.ddim_steps)
     if run.ds.factor_names:
         y = run.ds.factors(index).numpy()
         for name, metric in OF_FACTORS.items():
@@ -666,7 +620,7 @@ def score_run(run):
     add_scores(result, "psnr", psnr, run)
     for place in ("data", "cache", "out", "vae"):  # of this machine
         del run.info["config"][place]
-    result.update(machine=train.machine(run.device), run=run.info)
+    result.update(machine=train.machine(run.device, "evaluate.py", argv), run=run.info)
     draw(run, ["reconstruction", "swap_tokens" if run.importance is None else "swap"])
     with atomic(run.out / "codes.npz") as temporary:
         np.savez(temporary, z=z, y=y)
@@ -676,18 +630,23 @@ def score_run(run):
 
 def name_setting(result):
     """The data, and what differs from the configuration of the preset."""
-    name = result["data"]["name"]
+    data = result["data"]
+    name = data["name"]
+    if data.get("checksum", name) != name:
+        name += f" ({data['checksum']})"
     if "run" in result:
         cfg = {**vars(train.config_of(result["run"])), "steps": result["step"]}  # taken
         usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
-        for key in sorted(cfg.keys() - {"seed", "device", "score_images", "cuda_graphs"}):
+        for key in sorted(cfg.keys() - {"seed", "device", "cuda_graphs"}):
             if cfg[key] != usual[key]:
                 name += f", {key} {cfg[key]}"
+    if result.get("ddim_steps", DDIM_STEPS) != DDIM_STEPS:
+        name += f", ddim_steps {result['ddim_steps']}"
     return name
 
 
 def table(results):
-    """Prints a line a setting: its runs, then means +- deviations over those with a score."""
+    """Prints a line per setting: its runs, then means +- deviations over those with a score."""
     settings = {}
     for result in results:
         scores = dict(result["scores"])
@@ -710,8 +669,8 @@ def table(results):
         print(line)
 
 
-def main(argv: list | None = None) -> list:
-    """Scores runs or codes, or draws figures; returns the results."""
+def parse(argv):
+    """The flags, checked. InputError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -719,14 +678,28 @@ def main(argv: list | None = None) -> list:
     add("runs", nargs="*", metavar="RUN", help="run folders")
     add("--codes", metavar="FILE", help="an .npz of z (n, N) and y (n, K) to score instead")
     add("--figures", nargs="*", choices=FIGURES, help="only draw these, or all")
+    add("--images", type=int, default=50000, help="how many are scored; 0: all [50000]")
+    add("--ddim-steps", type=int, default=DDIM_STEPS, help="of sampling, 10 to 1000 [50]")
     add("--data", default="", help="where the data is now; other data: with --out")
+    add("--cache", default="", help="folder for unpacked data [the run's]")
     add("--out", default="", help="folder for results [the run's]")
     add("--device", default="", help="cpu, cuda, mps or auto [the run's]")
     args = parser.parse_args(argv)
+    args.out = os.path.expanduser(args.out)
+    if bool(args.runs) == bool(args.codes) or (args.codes and args.figures is not None):
+        raise InputError("name runs, or --codes FILE without --figures")
+    if len(args.runs) > 1 and (args.out or args.data or args.cache):
+        raise InputError("--out, --data and --cache are for one run alone")
+    if args.images < 0 or not 10 <= args.ddim_steps <= 1000:
+        raise InputError("--images is 0 or more, --ddim-steps 10 to 1000")
+    return args
+
+
+def main(argv: list | None = None) -> list:
+    """Scores runs or codes, or draws figures; returns the results. InputError."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
     several = len(args.runs) > 1
-    figures = args.figures is not None
-    if bool(args.runs) == bool(args.codes) or (several and args.out) or (args.codes and figures):
-        raise InputError("name runs or --codes FILE; --figures for runs, --out for one run alone")
     results = []
     if args.codes:
         results.append(score_file(args.codes))
@@ -734,13 +707,15 @@ def main(argv: list | None = None) -> list:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             train.write_json(Path(args.out) / "scores.json", results[0])
     for folder in args.runs:
-        where = folder, args.data, args.out, args.device
         try:
-            if figures:
-                draw(Run(*where), args.figures)
-                continue
-            result = kept_scores(folder) if several else {}
-            result = result or score_run(Run(*where))
+            result = kept_scores(folder) if several and args.figures is None else {}
+            if not result:
+                run = Run(folder, args.data, args.out, args.device, args.cache)
+                run.ddim_steps = args.ddim_steps
+                if args.figures is not None:
+                    draw(run, args.figures)
+                    continue
+                result = score_run(run, args.images, argv)
             name_setting(result)  # InputError: another version
             results.append(result)
         except InputError as error:
@@ -752,7 +727,95 @@ def main(argv: list | None = None) -> list:
     return results
 
 
+# ---- gradient-boosted trees, for dci: skip on first reading ----
+
+def bin_codes(z, n):
+    """Cuts each code of z (n + n_test, N) into at most V bins, made for the first n points.
+
+    Returns bins like z, and bags: V, the points of all bins, bin after bin (N * n,), and where each
+    bin begins there (N * V,).
+    DEVIATION: with more than V values a tree tries V - 1 thresholds per code, scikit-learn's all.
+    """
+    V = n if n <= 2000 and z.shape[1] <= 64 else 256
+    columns = []
+    for code in torch.as_tensor(z).t():
+        values, count = code[:n].unique(return_counts=True)
+        edges = (values[:-1] + values[1:]) / 2  # midway, as scikit-learn
+        if len(values) > V:  # half in the widest gaps, half after equal counts
+            widest = values.diff().topk(V // 2).indices
+            share = torch.arange(1, V // 2) * n // (V // 2)
+            even = torch.searchsorted(count.cumsum(0), share).clamp(max=len(edges) - 1)
+            edges = edges[torch.cat([widest, even]).unique()]
+        columns.append(torch.bucketize(code.contiguous(), edges))  # edge v-1 < bin v <= edge v
+    bins = torch.stack(columns, dim=1)
+    N = bins.shape[1]
+    bag = (bins[:n] + V * torch.arange(N)).t().flatten()  # (N * n,), 0..N*V-1
+    count = torch.bincount(bag, minlength=V * N)
+    return bins, (V, bag.argsort(stable=True) % n, count.cumsum(0) - count)
+
+
+def best_splits(bags, residual, node, M, generator):
+    """The best split of each of the M nodes of a level, in C trees that grow together.
+
+    residual: (n, C), the targets; node: (n, C), each point's. Returns, (M, C) each: the decrease of
+    squared error, the code, the bin up to which points go left (V: all of them do).
+    embedding_bag sums a table's rows over bags of points: here, a histogram of every code at once.
+    """
+    V, points, starts = bags
+    n, C = residual.shape
+    inside = (node[:, None, :] == torch.arange(M)[:, None]).float()  # (n, M, C)
+    table = torch.stack([residual[:, None, :] * inside, inside], dim=1)  # (n, 2, M, C)
+    sums = F.embedding_bag(points, table.view(n, -1), starts, mode="sum")  # (N*V, 2*M*C)
+    left = sums.view(-1, V, 2, M, C).cumsum(1)  # (N, V, 2, M, C)
+    total = left[0, -1]  # (2, M, C), of any code
+    sum_left, n_left = left.unbind(2)  # (N, V, M, C) each
+    sum_right, n_right = (total - left).unbind(2)
+    decrease = sum_left**2 / n_left + sum_right**2 / n_right - total[0] ** 2 / total[1]
+    decrease = decrease.nan_to_num(0, 0, 0).clamp(min=0)  # one side is empty
+    gain, place = decrease.max(1)  # (N, M, C): each code's best
+    best = gain.max(0).values
+    tie_break = 1 + torch.rand(gain.shape, generator=generator)  # at random, as scikit-learn
+    code = ((gain == best) * tie_break).argmax(0)  # (M, C)
+    place = place.gather(0, code[None])[0]
+    return best, code, torch.where(best > 1e-9, place, V)
+
+
+def boost(bags, bins, y, C, rounds):
+    """Gradient-boosted trees (Friedman 2001, algorithm 6), one per class and round: scikit-learn's.
+
+    Returns importance (N,) and predicted classes of all points, (n + n_test,).
+    """
+    max_depth, learning_rate = 3, 0.1
+    n = len(y)
+    generator = torch.Generator().manual_seed(0)
+    target = F.one_hot(y, C).float()
+    start = target.mean(0).clamp(min=1e-12).log()  # (C,): log prior
+    shrink = (C - 1) / C
+    if C == 2:  # log odds of class 1
+        start, target, shrink = start[1:] - start[:1], target[:, 1:], 1.0
+    scores = start.repeat(len(bins), 1)  # (n + n_test, C)
+    importance = torch.zeros(bins.shape[1])
+    for _ in range(rounds):
+        p = scores[:n].softmax(1) if C > 2 else scores[:n].sigmoid()
+        residual = target - p  # minus the gradient of the loss
+        node = torch.zeros_like(scores, dtype=torch.int64)
+        for depth in range(max_depth):
+            M = 2**depth
+            decrease, code, place = best_splits(bags, residual, node[:n], M, generator)
+            importance.index_add_(0, code.flatten(), decrease.flatten() / n)
+            value = bins.gather(1, code.gather(0, node))  # of the node's code
+            node = 2 * node + (value > place.gather(0, node))  # left 2m, right 2m + 1
+        zeros = torch.zeros(2**max_depth, residual.shape[1])
+        numerator = zeros.scatter_add(0, node[:n], residual)
+        denominator = zeros.scatter_add(0, node[:n], p * (1 - p))
+        newton = shrink * numerator / denominator.clamp(1e-12)
+        newton = newton.clamp(-100, 100)  # DEVIATION: else they may diverge for 183 classes
+        scores += learning_rate * newton.gather(0, node)  # a Newton step in each leaf
+    return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
         main()
     except (InputError, OSError) as error:

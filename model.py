@@ -1,11 +1,13 @@
+# SPDX-License-Identifier: MIT
 """The denoising U-Net of EncDiff, eps_theta(x_t, t, S): cross attention reads the tokens S.
 
 The U-Net of latent diffusion (Rombach et al. 2022, section 3.3) with the defaults of the authors'
 code for Shapes3D, 37.47 M parameters. Two ablations: `conditioning="adagn"`, without cross
 attention, and `Decoder`, without diffusion.
 
-Letters: B batch, C channels, H, W height and width, L = H * W positions, N concept tokens, D token
-dimension, M length of a context (L or N), d channels of a head, E of the time embedding.
+Letters: B batch, Z, h, w channels, height and width of the latent, C, H, W those of a feature map,
+L = H * W positions, N concept tokens, D token dimension, M length of a context (L or N), d channels
+per head, E of the time embedding.
 """
 import math
 
@@ -197,6 +199,14 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t, S): predicts the noise in x_t from the concept tokens S.
 
+    The defaults, for latents (B, 3, 16, 16):
+
+        level     feature map     transformer blocks
+        0         64 x 16 x 16    yes
+        1         128 x 8 x 8     yes
+        2         256 x 4 x 4     yes
+        3         256 x 2 x 2     only in the middle
+
     conditioning: "cross-attention", tokens in any number are keys and values; "adagn" (adaptive
     group norm), the paper's ablation: a small MLP of all N tokens is added to the time embedding.
     """
@@ -206,7 +216,7 @@ class UNet(nn.Module):
         latent_channels: int = 3,
         channels: int = 64,                           # C_0, a multiple of groups
         multipliers: tuple[int, ...] = (1, 2, 4, 4),  # width of each level / C_0, finest first
-        res_blocks: int = 2,                          # a level down; one more a level up
+        res_blocks: int = 2,                          # per level down; one more per level up
         attention_levels: int = 3,                    # that attend, from the finest; middle always
         heads: int = 8,                               # divides every width
         token_dim: int = 16,                          # D
@@ -228,9 +238,9 @@ class UNet(nn.Module):
         widths = [channels * m for m in multipliers]
         sizes = dict(emb_dim=E, groups=groups, token_dim=token_dim, heads=heads)
         self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
-        self.down, skips = build_down(channels, widths, res_blocks, attention_levels, sizes)
+        self.down, skip_widths = build_down(channels, widths, res_blocks, attention_levels, sizes)
         self.middle = build_middle(widths[-1], sizes)
-        self.up = build_up(widths, res_blocks, attention_levels, sizes, skips)
+        self.up = build_up(widths, res_blocks, attention_levels, sizes, skip_widths)
         self.norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # the first prediction is 0
@@ -241,42 +251,42 @@ class UNet(nn.Module):
     ) -> Tensor:
         """The predicted noise eps, like x_t.
 
-        x_t: (B, C, H, W), H and W divisible by 2^(levels - 1); t: (B,) int64 in 0..T-1; tokens:
+        x_t: (B, Z, h, w), h and w divisible by 2^(levels - 1); t: (B,) int64 in 0..T-1; tokens:
         (B, N, D). attn_maps: a list that receives the map (B, heads, L, N) of each cross attention.
         """
         emb = timestep_embedding(t, self.conv_in.out_channels)  # (B, C_0)
-        emb = self.time_mlp(emb)                        # (B, E)
+        emb = self.time_mlp(emb.type_as(x_t))           # (B, E)
         if self.token_mlp is not None:
             emb = emb + self.token_mlp(tokens.flatten(1))  # (B, N*D) -> (B, E)
         emb = F.silu(emb)
-        h = self.conv_in(x_t)                           # (B, C_0, H, W)
+        h = self.conv_in(x_t)                           # (B, C_0, h, w)
         skips = [h]
         for block in self.down:
-            h = block(h, emb, tokens, attn_maps)        # (B, C', H', W')
+            h = block(h, emb, tokens, attn_maps)        # (B, C, H, W)
             skips.append(h)
         for block in self.middle:
             h = block(h, emb, tokens, attn_maps)
         for block in self.up:
             if block.res_block.resample is None:        # resampling takes no skip
-                h = torch.cat([h, skips.pop()], dim=1)  # (B, C' + C_skip, H', W')
+                h = torch.cat([h, skips.pop()], dim=1)  # (B, C + C_skip, H, W)
             h = block(h, emb, tokens, attn_maps)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 def build_down(c, widths, res_blocks, attention_levels, sizes):
-    """Blocks, finest level first, and the widths of the skips. sizes: see UNetBlock."""
+    """Blocks, finest level first, and the width of each skip. sizes: see UNetBlock."""
     blocks = nn.ModuleList()
-    skips = [c]
+    skip_widths = [c]
     for level, width in enumerate(widths):
         attends = level < attention_levels
         for _ in range(res_blocks):
             blocks.append(UNetBlock(c, width, **sizes, attends=attends))
             c = width
-            skips.append(c)
+            skip_widths.append(c)
         if level < len(widths) - 1:
             blocks.append(UNetBlock(c, c, **sizes, resample="down"))
-            skips.append(c)
-    return blocks, skips
+            skip_widths.append(c)
+    return blocks, skip_widths
 
 
 def build_middle(c, sizes):
@@ -285,14 +295,14 @@ def build_middle(c, sizes):
     return nn.ModuleList([first, UNetBlock(c, c, **sizes)])
 
 
-def build_up(widths, res_blocks, attention_levels, sizes, skips):
-    """Blocks, coarsest level first; they take no skips if skips is empty."""
+def build_up(widths, res_blocks, attention_levels, sizes, skip_widths):
+    """Blocks, coarsest level first; they take no skips if skip_widths is empty."""
     blocks = nn.ModuleList()
     c = widths[-1]
     for level in reversed(range(len(widths))):
         attends = level < attention_levels
         for _ in range(res_blocks + 1):
-            skip = skips.pop() if skips else 0
+            skip = skip_widths.pop() if skip_widths else 0
             blocks.append(UNetBlock(c + skip, widths[level], **sizes, attends=attends))
             c = widths[level]
         if level > 0:
@@ -301,9 +311,10 @@ def build_up(widths, res_blocks, attention_levels, sizes, skips):
 
 
 class Decoder(nn.Module):
-    """The decoder half of the U-Net: x_0 from the tokens alone, in one step (EncDiff, ablations).
+    """The decoder half of the U-Net: x_0 from the tokens alone, in one step (EncDiff, table 3).
 
-    Middle and up path without skips, from a learned constant at the coarsest level.
+    Middle and up path without skips, from a learned constant at the coarsest level. Trained like
+    the U-Net, but what it predicts is x_0, not eps.
     latent_size: height and width of x_0; other arguments as in UNet.
     """
 
@@ -326,14 +337,14 @@ class Decoder(nn.Module):
         side = latent_size // 2 ** (len(widths) - 1)
         self.start = nn.Parameter(torch.randn(1, widths[-1], side, side))
         self.middle = build_middle(widths[-1], sizes)
-        self.up = build_up(widths, res_blocks, attention_levels, sizes, skips=[])
+        self.up = build_up(widths, res_blocks, attention_levels, sizes, skip_widths=[])
         self.norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """x_0 (B, C, H, W) of tokens (B, N, D); x_t and t are not read."""
+        """x_0 (B, Z, h, w) of tokens (B, N, D); x_t and t are not read."""
         emb = tokens.new_zeros(len(tokens), self.emb_dim)  # no t: scale, shift are biases
-        h = self.start.expand(len(tokens), -1, -1, -1)     # (B, C', H', W')
+        h = self.start.expand(len(tokens), -1, -1, -1)     # (B, C, H, W)
         for block in [*self.middle, *self.up]:
             h = block(h, emb, tokens)
         return self.conv_out(F.silu(self.norm_out(h)))

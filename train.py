@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Trains EncDiff: first the autoencoder, then token encoder and U-Net together; then scores them.
 
     python train.py [--preset tiny] [--data 3dshapes.h5]
@@ -10,19 +11,27 @@ log.jsonl, vae.pt (first stage), model.pt (token encoder, U-Net and its average)
 Letters: B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
+import datetime
 import inspect
 import json
 import math
 import os
 import pickle
-import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+try:
+    import fcntl  # to lock a run folder
+except ImportError:  # Windows has none
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -40,56 +49,52 @@ from vae import FIRST_STAGES, Autoencoder
 
 @dataclasses.dataclass
 class Config:
-    """Defaults: preset small. The authors' values: PRESETS["paper"], below."""
-    preset: str = "small"           # tiny, small or paper
+    """Defaults: preset small. The authors' values: PRESETS["paper"], below. Each is a flag."""
+    preset: str = "small"           # tiny, small or paper: values for all the others
     # the run
     data: str = ""                  # data file or folder of images; empty: the built-in world
     cache: str = ""                 # folder for unpacked data; empty: beside it
-    out: str = ""                   # empty: runs/<data>-<preset>-<seed>
+    out: str = ""                   # run folder; empty: runs/<data>-<preset>-<seed>
     vae: str = ""                   # another run, whose first stage is used
     seed: int = 0                   # of weights, batches and noise
-    device: str = "auto"            # cpu, cuda, mps, or the best there is
+    device: str = "auto"            # cpu, cuda, cuda:1, mps, or the best there is
     precision: str = "float32"      # float32 or bfloat16, of token encoder and U-Net
-    compile: bool = False           # torch.compile the networks
     cuda_graphs: bool = False       # record token encoder and U-Net, on one GPU
-    score_images: int = 50000       # images to encode for the scores; 0: all
     # first stage
     first_stage: str = "kl"         # kl or vq
     vae_channels: int = 16          # width of its finest level
     vae_multipliers: tuple = (1, 2, 4)  # width of each level / vae_channels
-    vae_res_blocks: int = 1
-    vae_groups: int = 8
-    vae_patch: int = 2              # side of the squares images are cut into
+    vae_res_blocks: int = 1         # residual blocks per level, one more on the way up
+    vae_groups: int = 8             # groups of its group norms
+    vae_patch: int = 2              # side of the squares that images are cut into
     latent_channels: int = 4        # Z
-    vae_steps: int = 3500
-    vae_batch_size: int = 16
-    vae_lr: float = 5e-3            # highest, of its Adam
-    vae_betas: tuple = (0.9, 0.99)
+    vae_steps: int = 3500           # training steps of the first stage
+    vae_batch_size: int = 16        # images per step of the first stage
+    vae_lr: float = 5e-3            # its highest learning rate, of Adam
+    vae_betas: tuple = (0.9, 0.99)  # of its Adam
     # token encoder
     encoder: str = "scalar"         # scalar, vector or slot
     tokens: int = 20                # N
     token_dim: int = 16             # D
     encoder_width: int = 64         # channels of its trunk
-    encoder_strides: tuple = (4, 2, 2)  # 2 or 4 each
+    encoder_strides: tuple = (4, 2, 2)  # of its convolutions, 2 or 4 each
     # U-Net
     channels: int = 32              # width of its finest level
     multipliers: tuple = (1, 2)     # width of each level / channels
-    res_blocks: int = 1             # residual blocks a level, one more on the way up
-    groups: int = 8
-    attention_levels: int = 2       # with transformer blocks, from the finest
-    heads: int = 2
-    conditioning: str = "cross-attention"   # or adagn, an ablation
+    res_blocks: int = 1             # residual blocks per level, one more on the way up
+    groups: int = 8                 # groups of its group norms
+    attention_levels: int = 2       # levels with transformer blocks, from the finest
+    heads: int = 2                  # of every attention
+    conditioning: str = "cross-attention"  # or adagn, an ablation
     # diffusion
     schedule: str = "linear"        # linear (in sqrt(beta)), sqrt_linear, sqrt or cosine
     loss: str = "l1"                # l1 or l2, of the predicted noise
-    stratified: bool = True         # one t in each of B parts of 0..T-1
-    t_power: float = 1.0            # t = T u^p, u uniform; above 1: mostly low noise
-    objective: str = "diffusion"    # or reconstruct, reconstruct-unet: x_0 from tokens alone
-    # optimisation of encoder and U-Net
-    steps: int = 10500
+    objective: str = "diffusion"    # or reconstruct, an ablation: x_0 from the tokens alone
+    # optimisation of token encoder and U-Net
+    steps: int = 10500              # training steps
     batch_size: int = 32            # B
-    lr: float = 3e-3                # highest, of AdamW
-    betas: tuple = (0.9, 0.99)
+    lr: float = 3e-3                # highest learning rate, of AdamW
+    betas: tuple = (0.9, 0.99)      # of AdamW
     warmup: int = 300               # steps in which lr rises
     decay: str = "cosine"           # of lr and vae_lr to 0; or none
     clip: float = 1.0               # largest norm of the gradient; 0: any
@@ -106,33 +111,35 @@ PRESETS = {
         latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3,
         vae_betas=(0.5, 0.9), encoder_width=128, encoder_strides=(2, 2, 2, 2),
         channels=64, multipliers=(1, 2, 4, 4), attention_levels=3, heads=8,
-        res_blocks=2, groups=32, stratified=False,
+        res_blocks=2, groups=32,
         steps=37500, batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000,
-        decay="none", clip=0.0, ema=0.9999, score_images=0,
+        decay="none", clip=0.0, ema=0.9999,
     ),
 }
 CHOICES = {
     "preset": PRESETS, "precision": ("float32", "bfloat16"), "first_stage": FIRST_STAGES,
     "encoder": ENCODERS, "conditioning": CONDITIONINGS, "schedule": SCHEDULES,
-    "loss": ("l1", "l2"), "objective": ("diffusion", "reconstruct", "reconstruct-unet"),
-    "decay": ("cosine", "none"),
+    "loss": ("l1", "l2"), "objective": ("diffusion", "reconstruct"), "decay": ("cosine", "none"),
 }
 
 
 def parse(argv):
     """The configuration asked for, and whether a run is resumed."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=inspect.getsource(Config), allow_abbrev=False,
+        usage="python train.py [--flag value ...]", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder")
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
+        text = f"{comments[field.name]} [{field.default}]"
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
-        kind = numbers if field.type is tuple else field.type
-        parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name))
+        kind = numbers(type(field.default[0])) if field.type is tuple else field.type
+        choices = CHOICES.get(field.name)
+        parser.add_argument(flag, type=kind, choices=choices, metavar="", help=text)
     given = vars(parser.parse_args(argv))
     for name in ("data", "cache", "out", "vae", "resume"):
         if given.get(name):
@@ -140,13 +147,7 @@ def parse(argv):
 
     folder = given.pop("resume", None)
     if folder:
-        wrong = set(given) - {"steps", "device", "data", "cache", "cuda_graphs"}
-        if wrong:
-            raise taken("--resume", wrong)
-        cfg = config_of(read_run(folder))
-        if given.get("data") and not cfg.data:
-            raise InputError(f"{folder} is of the built-in world: leave out --data")
-        return dataclasses.replace(cfg, out=folder, **given), True
+        return resumed(folder, given), True
     if given.get("vae"):
         given.update(first_stage_of(given["vae"], given))
     cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
@@ -154,6 +155,17 @@ def parse(argv):
         name = Path(cfg.data).stem or "world"
         cfg.out = os.path.abspath(f"runs/{name}-{cfg.preset}-{cfg.seed}")
     return cfg, False
+
+
+def resumed(folder, given):
+    """The configuration of a run to go on with, and the flags that may change in it."""
+    cfg = config_of(read_run(folder))
+    wrong = set(given) - {"steps", "device", "data", "cache", "cuda_graphs"}
+    if cfg.decay == "cosine":  # the learning rate, a function of steps, would jump
+        wrong |= set(given) & {"steps"}
+    if wrong:
+        raise taken("--resume", wrong)
+    return dataclasses.replace(cfg, out=folder, **given)
 
 
 def taken(flag, names):
@@ -174,28 +186,32 @@ def first_stage_of(folder, given):
     return settings
 
 
-def numbers(text):
-    """'1,2,4' -> (1, 2, 4)"""
-    return tuple(json.loads(f"[{text}]"))
+def numbers(kind):
+    """A function: '1,2,4' -> (1, 2, 4), each of this kind. ValueError."""
+    def numbers(text):
+        return tuple(map(kind, text.split(",")))
+    return numbers
 
 
-def in_range(name, value):
-    """Whether a field of Config can have this value."""
-    if "betas" in name:
-        return len(value) == 2 and min(value) >= 0 and max(value) < 1
-    if isinstance(value, tuple):
-        return value and all(type(number) is int and number > 0 for number in value)
-    may_be_zero = ("seed", "score_images", "attention_levels", "warmup", "clip")
-    if value == 0 and name in may_be_zero:
+BELOW_1 = ("betas", "vae_betas", "ema")
+MAY_BE_ZERO = ("betas", "vae_betas", "seed", "attention_levels", "warmup", "clip", "cuda_graphs")
+
+
+def in_range(name, number):
+    """Whether a field of Config, or one of its numbers, can have this value."""
+    if isinstance(number, str) or (number == 0 and name in MAY_BE_ZERO):
         return True
-    return type(value) not in (int, float) or 0 < value < 2**32
+    return 0 < number < (1 if name in BELOW_1 else 2**32)
 
 
 def check(cfg):
     """InputError when a number is out of its range or sizes do not fit together."""
     for name, value in vars(cfg).items():
-        if not in_range(name, value):
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not in_range(name, number):
+                raise InputError(f"--{name.replace('_', '-')} {number} is out of range")
+    if not len(cfg.betas) == len(cfg.vae_betas) == 2:
+        raise InputError("--betas and --vae-betas are two numbers each, as in 0.9,0.99")
     if set(cfg.encoder_strides) - {2, 4} or math.prod(cfg.encoder_strides) > 64:
         raise InputError("--encoder-strides are 2 or 4 each, their product 64 at most")
     for width, parts in (
@@ -262,16 +278,11 @@ def latent_shape(cfg):
     return cfg.latent_channels, side, side
 
 
-def fixed_input(cfg):
-    """One x_T, (1, Z, h, w), the same in all runs, for sampling and the ablation without noise."""
-    return torch.randn(1, *latent_shape(cfg), generator=torch.Generator().manual_seed(0))
-
-
 # ---- first stage ----
 
 def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     """Trains the autoencoder (Rombach et al. 2022, section 3.1); returns it, frozen."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # of the weights
     fused = device.type != "mps"
     vae = build_vae(cfg).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(vae.parameters(), cfg.vae_lr, cfg.vae_betas, fused=fused)
@@ -288,7 +299,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
     if start == 0 and cfg.first_stage == "vq":
         with torch.no_grad():
             vae.codebook.init_from(vae.encoder(draw_images(256)))
-    model = wrap(vae, cfg)
+    model = wrap(vae)
     for step in range(start, cfg.vae_steps):
         seed_step(cfg.seed, step)
         images = draw_images(B)             # (B, 3, 64, 64)
@@ -298,7 +309,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
         lr = learning_rate(step, cfg.vae_steps, cfg.vae_lr, warmup=100, decay=cfg.decay)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        if step + 1 == cfg.vae_steps:
+        if step + 1 == cfg.vae_steps:  # here, so that the last checkpoint has it
             # DEVIATION: from 1,024 images; the authors' from the diffusion's first batch
             vae.set_scale(draw_images(1024))
             if processes > 1:
@@ -310,45 +321,44 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
 
 # ---- tokens and U-Net ----
 
-def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.device):
-    """DDPM's algorithm 1 with the tokens as the condition (EncDiff, method section)."""
-    torch.manual_seed(cfg.seed + 1)
+def train_tokens(
+    cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.device, score: Callable | None = None
+):
+    """DDPM's algorithm 1 with the tokens as the condition (EncDiff, section 3).
+
+    score: called with the token encoder and the data at every tenth of the run, for the log.
+    """
+    torch.manual_seed(cfg.seed + 1)  # else U-Net and autoencoder would start from the same draws
     diffusion = Diffusion(cfg.schedule).to(device)
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
     unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)  # of the U-Net alone, as the authors have it
-    if cfg.cuda_graphs:  # after ema's copy; before restore: it updates batch norm
+    if cfg.cuda_graphs:  # recording changes batch norm's averages: before they are restored
         record_graphs(encoder, unet, cfg)
-    fused = device.type != "mps"
     params = [*encoder.parameters(), *unet.parameters()]
+    fused = device.type != "mps"
     optimizer = torch.optim.AdamW(params, cfg.lr, cfg.betas, weight_decay=0.01, fused=fused)
     checkpoint = Path(cfg.out) / "model.pt"
     parts = dict(encoder=encoder, unet=unet, ema=ema, optimizer=optimizer)
     start, seconds = restore(checkpoint, parts)
     log = Log(cfg, "tokens", start, cfg.steps, seconds)
     B, T = cfg.batch_size // ranks()[1], diffusion.steps
-    constant = fixed_input(cfg).to(device)
     loss_function = F.l1_loss if cfg.loss == "l1" else F.mse_loss
-    encoder, unet = wrap(encoder, cfg), wrap(unet, cfg)
+    shared_encoder, shared_unet = wrap(encoder), wrap(unet)
 
     for step in range(start, cfg.steps):
         seed_step(cfg.seed, step)
         images = move(ds.images(torch.randint(len(ds), (B,))), device)  # (B, 3, 64, 64)
-        x_0 = vae.encode(images)            # (B, Z, h, w)
-        u = torch.rand(B)
-        if cfg.stratified:                  # DEVIATION: one t in each of B parts
-            u = (torch.arange(B) + u) / B
-        t = move((T * u**cfg.t_power).long().clamp(max=T - 1), device)  # (B,)
-        eps = torch.randn_like(x_0)
-        x_t = diffusion.q_sample(x_0, t, eps)  # (B, Z, h, w)
-        target = eps
-        if cfg.objective != "diffusion":    # ablations: x_0 from tokens alone
-            x_t, t, target = constant.expand_as(x_0), torch.zeros_like(t), x_0
-
-        with torch.autocast(device.type, torch.bfloat16, cfg.precision == "bfloat16"):
-            tokens = encoder(images)        # (B, N, D)
-            eps_pred = unet(x_t, t, tokens)  # (B, Z, h, w)
-            loss = loss_function(eps_pred, target)
+        x_0 = vae.encode(images)                    # (B, Z, h, w)
+        t = torch.randint(T, (B,), device=device)   # (B,)
+        eps = torch.randn_like(x_0)                 # (B, Z, h, w)
+        x_t = diffusion.q_sample(x_0, t, eps)       # (B, Z, h, w)
+        with autocast(cfg, device):
+            tokens = shared_encoder(images)         # (B, N, D)
+            eps_pred = shared_unet(x_t, t, tokens)  # (B, Z, h, w)
+            loss = loss_function(eps_pred, eps)
+            if cfg.objective == "reconstruct":      # ablation: the Decoder predicts x_0
+                loss = loss_function(eps_pred, x_0)
         optimizer.zero_grad()
         loss.backward()
         if cfg.clip:
@@ -359,6 +369,8 @@ def train_tokens(cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.devic
         update_ema(ema, unet, ema_decay(step + 1, cfg.ema))
         if log.add(loss):
             save_checkpoint(checkpoint, cfg, step + 1, log.seconds(), parts)
+        if score and (step + 1) % math.ceil(cfg.steps / 10) == 0:
+            log.write(**score(encoder, ds))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: str) -> float:
@@ -377,7 +389,8 @@ def ema_decay(n: int, limit: float = 0.9999) -> float:
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float):
     """ema <- decay * ema + (1 - decay) * model, in place."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for average, parameter in zip(ema.parameters(), model.parameters()):
+        average.lerp_(parameter, 1 - decay)
 
 
 def seed_step(seed, step):
@@ -389,17 +402,33 @@ def seed_step(seed, step):
 # ---- devices and processes ----
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name, or the best for "auto"; under torchrun a GPU a process."""
-    available = {
-        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True
-    }
+    """The device of this name, or the best for "auto"; under torchrun a GPU per process.
+
+    Processes do not share an Apple GPU. InputError.
+    """
+    process = os.environ.get("LOCAL_RANK", "0")
+    apple = torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ
+    count = {"cuda": torch.cuda.device_count(), "mps": int(apple), "cpu": 1}
     if name == "auto":
-        name = next(device for device in available if available[device])
-    if not available.get(name):
+        name = next(kind for kind in count if count[kind])
+    kind, _, number = name.partition(":")
+    number = number or (process if kind == "cuda" else "0")
+    if not number.isdecimal() or int(number) >= count.get(kind, 0):
         raise InputError(f"--device {name} is not available here: try cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return torch.device(name)
+    return torch.device(f"cuda:{number}" if kind == "cuda" else kind)
+
+
+def allow_tf32(on: bool):
+    """Whether an NVIDIA GPU may round products to 10 bits: in training, not for the scores."""
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def autocast(cfg, device):
+    """A context in which networks compute in bfloat16, if asked for."""
+    if cfg.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def move(x, device):
@@ -416,12 +445,10 @@ def ranks():
     return 0, 1
 
 
-def wrap(module, cfg):
-    """Compiled if asked for; with several processes, gradients are averaged over them."""
-    if cfg.compile:
-        module = torch.compile(module)
+def wrap(module):
+    """With several processes, averages gradients over them. Batch norm sees each one's share."""
     if ranks()[1] > 1:
-        module = torch.nn.parallel.DistributedDataParallel(module)
+        return torch.nn.parallel.DistributedDataParallel(module)
     return module
 
 
@@ -453,6 +480,7 @@ class Log:
         self.started = self.saved - seconds  # as if it had never stopped
         self.is_first = ranks()[0] == 0  # the process that writes
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=not self.is_first)
+        self.shown = {}  # beside the bar
 
     def add(self, loss):
         """Counts a step with its loss; returns whether to save now.
@@ -465,32 +493,45 @@ class Log:
             return False
         loss = torch.stack(self.losses).mean().item()
         if not math.isfinite(loss):
-            raise InputError(f"the {self.stage} loss diverged before step {self.step}: start again "
-                             "with a lower learning rate")
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            raise diverged(f"the {self.stage} loss", self.step)
         self.bar.update(len(self.losses))
         self.losses = []
-        if not self.is_first:
-            return False
-        line = dict(stage=self.stage, step=self.step, loss=round(loss, 6), seconds=self.seconds())
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.write(loss=round(loss, 6))
         if time.monotonic() - self.saved < SAVE_EVERY and self.step < self.steps:
             return False
         self.saved = time.monotonic()
-        return True
+        return self.is_first
+
+    def write(self, **values):
+        """Adds a line with these values, and shows them beside the bar."""
+        self.shown.update(values)
+        self.bar.set_postfix(self.shown, refresh=False)
+        if self.is_first and values:
+            line = dict(stage=self.stage, step=self.step, seconds=self.seconds(), **values)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def seconds(self):
         """How long the stage has been running, earlier sessions included."""
         return round(time.monotonic() - self.started, 2)
 
 
+def diverged(what, step):
+    return InputError(f"{what} diverged before step {step}: start again with a lower learning rate")
+
+
 def save_checkpoint(path, cfg, step, seconds, parts):
-    """Writes plain types alone, so that torch.load(.., weights_only=True) reads them."""
+    """Writes plain types alone, so that torch.load(.., weights_only=True) reads them.
+
+    InputError, and the last checkpoint is kept, when a weight is no longer finite.
+    """
     contents = dict(config=vars(cfg), step=step, seconds=seconds)
     contents["peak_memory_mib"] = peak_memory()
     for name, part in parts.items():
         contents[name] = part.state_dict()
+        for weight in contents[name].values():
+            if isinstance(weight, torch.Tensor) and not weight.isfinite().all():
+                raise diverged(f"{name}: a weight", step)
     with atomic(path) as temporary:
         torch.save(contents, temporary)
 
@@ -509,8 +550,8 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: has this run been trained?") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged: remove the .pt files and --resume") from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is damaged ({error}): train this run anew") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
@@ -525,13 +566,20 @@ def write_json(path, contents):
         temporary.write_text(json.dumps(contents, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path, keys: set, advice: str) -> dict:
+    """What a JSON file of a run holds. InputError without these keys."""
+    try:
+        contents = json.loads(path.read_text())
+    except (OSError, ValueError):
+        contents = {}
+    if not isinstance(contents, dict) or not keys <= contents.keys():
+        raise InputError(f"{path} is missing or damaged: {advice}")
+    return contents
+
+
 def read_run(folder: str | Path) -> dict:
     """What run.json of a run folder says. InputError."""
-    path = Path(folder) / "run.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{folder} holds no run: run.json is missing or damaged") from None
+    return read_json(Path(folder) / "run.json", {"config", "data"}, "is this a run folder?")
 
 
 def config_of(run: dict) -> Config:
@@ -545,24 +593,26 @@ def config_of(run: dict) -> Config:
         raise InputError(f"this run is of another version of the code ({error})") from error
 
 
-def machine(device):
-    """What results depend on beside the configuration."""
-    git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
-    status, commit = subprocess.getstatusoutput(git)
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":")[1].strip()
+def machine(device, script, argv):
+    """What results depend on beside the configuration. Folders are left out of the command."""
+    words = ["python", script]
+    for word in argv:
+        flag, equals, value = word.rpartition("=")
+        value = Path(value).name if os.path.isabs(value) else value
+        words.append(flag + equals + value)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        commit = ""
+    gpu = device.type == "cuda"
     return dict(
-        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        commit="unknown" if status else commit,
+        command=" ".join(words),
+        commit=commit or "unknown",
         torch=torch.__version__,
-        processor=processor,
+        device=torch.cuda.get_device_name(device) if gpu else device.type,
         threads=torch.get_num_threads(),
         processes=ranks()[1],
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
 
 
@@ -580,69 +630,117 @@ def peak_memory():
 
 # ---- the run ----
 
-def prepare(cfg, resume, device):
-    """Makes the run folder or checks the one to go on with; opens the data. InputError."""
-    folder = Path(cfg.out)
+def claim(folder, resume):
+    """Makes the run folder; returns its log, locked as long as it is open. InputError."""
     if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
                          "--out")
-    ds = open_dataset(cfg.data, cfg.cache)
-    run = read_run(folder) if resume else {}
-    data = dict(name=ds.name, images=len(ds))
-    images = run.get("data", data)["images"]
-    if images != len(ds):
-        raise InputError(f"{folder} was trained on {images} images, {ds.name} has {len(ds)}")
-    if resume and (folder / "model.pt").exists():
-        step = load_checkpoint(folder / "model.pt")["step"]
-        if step > cfg.steps:
-            raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
     folder.mkdir(parents=True, exist_ok=True)
-    if cfg.vae and not resume:
-        load_checkpoint(Path(cfg.vae) / "vae.pt")  # InputError
+    log = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
+    if fcntl:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use: another process is training there") from None
+    return log
+
+
+def check_resumed(folder, cfg, ds):
+    """InputError when the data is another, or the checkpoints do not belong together."""
+    if read_run(folder)["data"]["checksum"] != ds.checksum():
+        raise InputError(f"{folder} was trained on other images than those of {ds.name}")
+    if not (folder / "model.pt").exists():
+        return
+    if not (folder / "vae.pt").exists():
+        raise InputError(f"{folder} has lost its vae.pt, without which model.pt is of no use: put "
+                         "it back, or start anew")
+    step = load_checkpoint(folder / "model.pt")["step"]
+    if step > cfg.steps:
+        raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
+
+
+def check_first_stage(folder):
+    """InputError when another run's first stage cannot be used."""
+    first = load_checkpoint(Path(folder) / "vae.pt")
+    if first["step"] < first["config"]["vae_steps"]:
+        raise InputError(f"{folder} has not finished its first stage: --resume it first")
+
+
+def prepare(cfg, resume, facts):
+    """Opens the data, fills a new run folder or checks the one to go on with. InputError.
+
+    Returns the data and the log, to be kept open.
+    """
+    folder = Path(cfg.out)
+    ds = open_dataset(cfg.data, cfg.cache)
+    copied = cfg.vae and not (folder / "vae.pt").exists()
+    if copied:
+        check_first_stage(cfg.vae)
+    log = claim(folder, resume)
+    run = {"machine": facts}  # where it was started
+    if resume:
+        check_resumed(folder, cfg, ds)
+        run = read_run(folder)
+    if copied:
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
     run["config"] = vars(cfg)
-    run["data"] = data
-    run.setdefault("machine", machine(device))  # where it was started
+    run["data"] = dict(name=ds.name, images=len(ds), checksum=ds.checksum())
     write_json(folder / "run.json", run)
     print(f"{folder}: {ds.name}, preset {cfg.preset}")
-    return ds
+    return ds, log
 
 
-def main(argv: list[str] | None = None) -> str:
-    """Trains a run and returns its folder. InputError."""
+def check_device(cfg, device):
+    """InputError when this device or so many processes cannot do what is asked for."""
+    processes = ranks()[1]
+    if cfg.batch_size % processes or cfg.vae_batch_size % processes:
+        raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
+                         f"{cfg.vae_batch_size} evenly")
+    if cfg.batch_size == processes and math.prod(cfg.encoder_strides) == 64:
+        raise InputError("batch norm needs two images per process, or smaller --encoder-strides")
+    if cfg.cuda_graphs and (device.type != "cuda" or processes > 1):
+        raise InputError("CUDA graphs need one GPU: give --no-cuda-graphs")
+    if cfg.precision == "bfloat16" and not torch.amp.is_autocast_available(device.type):
+        raise InputError(f"this torch has no bfloat16 on {device.type}: use --precision float32")
+
+
+def main(argv: list[str] | None = None, score: Callable | None = None) -> str:
+    """Trains a run and returns its folder. score: see train_tokens. InputError."""
+    argv = sys.argv[1:] if argv is None else argv
     cfg, resume = parse(argv)
     check(cfg)
     device = choose_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # torchrun started this process
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        unpacking = datetime.timedelta(hours=3)  # by the first, for which the others wait
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=unpacking)
     rank, processes = ranks()
-    if cfg.batch_size % processes or cfg.vae_batch_size % processes:
-        raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
-                         f"{cfg.vae_batch_size} evenly")
-    if cfg.cuda_graphs and (device.type != "cuda" or processes > 1 or cfg.compile):
-        raise InputError("CUDA graphs need one GPU and no --compile: give --no-cuda-graphs")
+    check_device(cfg, device)
+    log = None
     if rank == 0:
-        ds = prepare(cfg, resume, device)
+        ds, log = prepare(cfg, resume, machine(device, "train.py", argv))
     if processes > 1:
         dist.barrier()
     if rank > 0:
         ds = open_dataset(cfg.data, cfg.cache)
     vae = train_vae(cfg, ds, device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
-    train_tokens(cfg, ds, vae, device)
+    allow_tf32(True)
+    train_tokens(cfg, ds, vae, device, score if rank == 0 else None)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if log:
+        log.close()
     return cfg.out
 
 
 if __name__ == "__main__":
+    import evaluate
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
-        folder = main()
+        folder = main(score=evaluate.score_on_the_way)
         if os.environ.get("RANK", "0") == "0":
-            import evaluate
             evaluate.main([folder])
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The first stage of EncDiff: an autoencoder whose latent, not the image, is diffused.
 
 The convolutional autoencoder of latent diffusion (Rombach et al. 2022, section 3.1), trained first,
@@ -8,8 +9,9 @@ quantisation, and decoding begins with that.
 DEVIATION: the loss is L1 + codebook (or KL) alone, without the authors' LPIPS (it needs downloaded
 weights) and patch discriminator.
 
-Letters: B batch, C channels of a feature map, Z latent channels, H, W height and width, h, w those
-of the latent, V vectors in the codebook. The defaults are the authors': 64x64x3 -> 16x16x3.
+Letters: B batch, C, H, W channels, height and width of a feature map, Z, h, w those of the latent
+((3, 16, 16) with the defaults, the authors'), V vectors in the codebook. Images may have any size
+that can be cut into patches and halved; 64x64 stands for it.
 """
 import torch
 import torch.nn as nn
@@ -46,12 +48,12 @@ class ResBlock(nn.Module):
 
 
 def build_down(widths, res_blocks, out_channels, patch, groups):
-    """(B, 3, H, W) in [-1, 1] -> (B, out_channels, h, w), h = H / (patch * 2^(levels - 1))."""
+    """(B, 3, 64, 64) in [-1, 1] -> (B, out_channels, h, w), h = 64 / (patch * 2^(levels - 1))."""
     c = widths[0]
     if patch == 1:
         layers = [nn.Conv2d(3, c, 3, padding=1)]
     else:
-        layers = [nn.Conv2d(3, c, patch, stride=patch)]  # each patch a position
+        layers = [nn.Conv2d(3, c, patch, stride=patch)]  # one position per patch
     for level, width in enumerate(widths):
         if level > 0:
             layers.append(nn.Conv2d(c, c, 3, stride=2, padding=1))  # halves H and W
@@ -64,7 +66,7 @@ def build_down(widths, res_blocks, out_channels, patch, groups):
 
 
 def build_up(widths, res_blocks, latent_channels, patch, groups):
-    """(B, latent_channels, h, w) -> (B, 3, H, W): the mirror image, one block more a level."""
+    """(B, latent_channels, h, w) -> (B, 3, 64, 64): the mirror image, one block more per level."""
     c = widths[-1]
     layers = [nn.Conv2d(latent_channels, c, 3, padding=1)]
     layers += [ResBlock(c, c, groups), ResBlock(c, c, groups)]
@@ -93,8 +95,9 @@ class Codebook(nn.Module):
         x = latent.permute(0, 2, 3, 1)  # (B, h, w, Z)
         e = self.vectors.weight         # (V, Z)
         # |x - e|^2 = |x|^2 - 2 x.e + |e|^2, and |x|^2 does not change which e is nearest
-        distance = e.square().sum(dim=1) - 2 * x @ e.t()  # (B, h, w, V)
-        nearest = distance.argmin(dim=-1)                 # (B, h, w)
+        with torch.no_grad():  # a choice has no gradient
+            distance = e.square().sum(dim=1) - 2 * x @ e.t()  # (B, h, w, V)
+            nearest = distance.argmin(dim=-1)                 # (B, h, w)
         return self.vectors(nearest).permute(0, 3, 1, 2)
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ class Codebook(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """First stage: images (B, 3, H, W) in [-1, 1] <-> x_0 (B, Z, h, w) of unit standard deviation.
+    """First stage: images (B, 3, 64, 64) in [-1, 1] <-> x_0 (B, Z, h, w) of unit deviation.
 
     DEVIATION: without latent diffusion's middle attention and 1x1 convolutions around the latent.
     """
@@ -120,7 +123,7 @@ class Autoencoder(nn.Module):
         kind: str = "vq",                          # one of FIRST_STAGES
         channels: int = 32,
         multipliers: tuple[int, ...] = (1, 2, 4),  # width of each level / channels
-        res_blocks: int = 2,                       # a level; one more a level of the decoder
+        res_blocks: int = 2,                       # per level; one more per level of the decoder
         latent_channels: int = 3,                  # Z
         patch: int = 1,                            # side of the squares images are cut into
         groups: int = 32,
@@ -142,7 +145,7 @@ class Autoencoder(nn.Module):
     # ---- what the diffusion uses ----
 
     def encode(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1]. Returns x_0: (B, Z, h, w), before quantisation.
+        """images: (B, 3, 64, 64) in [-1, 1]. Returns x_0: (B, Z, h, w), before quantisation.
 
         DEVIATION: for KL the mean, where latent diffusion draws: an image has one latent.
         """
@@ -152,7 +155,7 @@ class Autoencoder(nn.Module):
         return self.scale * latent
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """x_0: (B, Z, h, w) as from encode. Returns images (B, 3, H, W), not clipped to [-1, 1]."""
+        """x_0: (B, Z, h, w) as from encode. Returns images (B, 3, 64, 64), unclipped."""
         latent = x_0 / self.scale
         if self.kind == "vq":
             latent = self.codebook(latent)
@@ -163,7 +166,7 @@ class Autoencoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and of it the L1 reconstruction error alone: two scalars.
 
-        images: (B, 3, H, W) in [-1, 1]. Both are batch means.
+        images: (B, 3, 64, 64) in [-1, 1]. Both are batch means.
         """
         if self.kind == "kl":
             latent, latent_loss = self.sample_gaussian(images)
@@ -197,5 +200,5 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, images: Tensor):
-        """Brings x_0 of these images (B, 3, H, W) to unit standard deviation."""
+        """Brings x_0 of these images (B, 3, 64, 64) to unit standard deviation."""
         self.scale /= self.encode(images).std()

@@ -198,6 +198,25 @@ def test_data_sets_without_labels_are_known_by_their_size(n, name, sizes):
     assert (found[0], found[2]) == (name, sizes) and len(found[1]) == len(sizes)
 
 
+def test_data_sets_are_told_apart_by_their_pixels(make, tmp_path, world):
+    path, wanted = make("mine.npz")
+    first = open_dataset(path)
+    assert first.checksum() == open_dataset(path).checksum() != world.checksum()
+    (tmp_path / "other").mkdir()
+    save(tmp_path / "other" / "mine.npz", images=255 - wanted, labels=grid(GRID))
+    other = open_dataset(tmp_path / "other" / "mine.npz")
+    assert (other.name, len(other)) == (first.name, len(first))
+    assert other.checksum() != first.checksum()
+
+
+def test_dark_images_stay_dark(tmp_path):
+    """Only dSprites' 0 and 1 mean black and white."""
+    images = noise(150, 64, 64, 3, high=2)
+    images[120] = 200
+    save(tmp_path / "dark.npz", images=images, labels=grid((150,)))
+    assert np.array_equal(everything(open_dataset(tmp_path / "dark.npz")), images)
+
+
 # ---- folders of images ---------------------------------------------------------------------------
 
 def test_kinds_of_images_get_the_right_values(tmp_path):
@@ -213,6 +232,24 @@ def test_kinds_of_images_get_the_right_values(tmp_path):
     assert abs(x[2, 5, :, 1] - np.linspace(64.5, 190.5, 64)).max() < 3  # its middle half
 
 
+def test_sixteen_bits_and_the_cameras_orientation(tmp_path):
+    ramp = np.arange(0, 65536, 1028).astype(np.uint16)  # each 4 / 257 brighter
+    Image.fromarray(np.tile(ramp, (64, 1))).save(tmp_path / "0.png")
+    image = Image.fromarray(noise(1, 64, 64, 3)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image.save(tmp_path / "1.png", exif=exif)
+    x = everything(open_dataset(tmp_path))
+    assert (x[0, 7] == np.arange(0, 256, 4)[:, None]).all()
+    assert np.array_equal(x[1], np.rot90(np.asarray(image), -1))
+
+
+def test_a_link_to_its_own_folder_is_not_followed(make):
+    path, wanted = make("faces")
+    (path / "loop").symlink_to(path, target_is_directory=True)
+    assert np.array_equal(everything(open_dataset(path)), wanted)
+
+
 def test_hidden_files_are_left_out(make):
     path, wanted = make("faces")
     (path / ".thumbnails").mkdir()
@@ -225,6 +262,14 @@ def test_unreadable_images_are_named(make):
     path, _ = make("faces")
     (path / "b" / "a.webp").write_bytes((path / "b" / "a.webp").read_bytes()[:300])
     refused(path, "b/a.webp is no readable image, remove it")
+    whole = (path / "z.jpg").read_bytes()
+    (path / "b" / "a.webp").unlink()
+    for cut in (0, 9, 200):
+        (path / "z.jpg").write_bytes(whole[:cut])
+        refused(path, "z.jpg is no readable image")
+    Image.new("1", (20000, 20000)).save(path / "z.jpg", "PNG")  # a decompression bomb
+    refused(path, "z.jpg is no readable image")
+    Image.new("RGB", (64, 64)).save(path / "b" / "a.webp")
     for file in (*path.rglob("*.*p*g"), *path.rglob("*.PNG"), path / "b" / "a.webp"):
         file.unlink()
     refused(path, "no JPEG, PNG or WebP image")
@@ -243,6 +288,14 @@ def test_celeba_uses_the_rows_that_are_there(make, tmp_path):
         assert np.array_equal(everything(ds), wanted[:n])
     file.write_text("")
     refused(path, "no JPEG, PNG or WebP image (CelebA: in its list)")
+
+
+def test_photos_beside_a_list_are_not_celeba(make, tmp_path):
+    make("img_align_celeba")
+    path, wanted = make("faces")
+    Image.fromarray(wanted[0]).save(path / "000001.jpg")
+    ds = open_dataset(path)
+    assert (ds.name, len(ds), ds.attributes) == ("faces", 7, None)
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -272,6 +325,36 @@ def test_one_folder_may_hold_the_caches_of_many(make, tmp_path):
         other = open_dataset("other/mpi3d_toy.npz", cache)
         assert np.array_equal(everything(other), 255 - wanted)
     assert len(list(cache.iterdir())) == 2 and not list(tmp_path.glob("*.cache.*"))
+
+
+def test_a_copy_of_equal_size_and_time_is_another_source(make, tmp_path):
+    path, wanted = make("mine.npz")
+    path.write_bytes(np.random.default_rng(1).bytes(9))
+    for folder, images in (("a", wanted), ("b", 255 - wanted)):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "mine.npz", images=images, labels=grid(GRID))
+        os.utime(tmp_path / folder / "mine.npz", (0, 0))
+    for folder, images in (("a", wanted), ("b", 255 - wanted)):
+        ds = open_dataset(tmp_path / folder / "mine.npz", tmp_path / "cache")
+        assert np.array_equal(everything(ds), images)
+    shutil.copyfile(tmp_path / "b" / "mine.npz", tmp_path / "a" / "mine.npz")  # in place
+    os.utime(tmp_path / "a" / "mine.npz", (0, 0))
+    ds = open_dataset(tmp_path / "a" / "mine.npz", tmp_path / "cache")
+    assert np.array_equal(everything(ds), 255 - wanted)
+
+
+def test_a_cut_short_or_interrupted_copy_is_unpacked_again(make, tmp_path):
+    path, wanted = make("mine.npz")
+    open_dataset(path)
+    file, = tmp_path.glob("*.cache.npy")
+    whole = file.read_bytes()
+    for left in (whole[:-1], whole[:50], b""):
+        file.write_bytes(left)
+        assert np.array_equal(everything(open_dataset(path)), wanted)
+    file.unlink()
+    file.with_suffix(".partial").write_bytes(whole[:5000])  # of a process that was killed
+    assert np.array_equal(everything(open_dataset(path)), wanted)
+    assert {left.name for left in tmp_path.iterdir()} == {path.name, file.name}
 
 
 def test_two_may_unpack_at_once(tmp_path, monkeypatch):

@@ -149,6 +149,23 @@ def test_ddpm_samples_a_narrow_gaussian():
 
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tables_stay_float32_and_results_have_their_inputs_type(dtype):
+    plain, cast = Diffusion("sqrt_linear", 50), Diffusion("sqrt_linear", 50)
+    cast = torch.nn.ModuleList([cast]).to(dtype)[0]  # as a part of a larger module
+    assert torch.equal(cast.abar, plain.abar) and cast.abar.dtype == torch.float32 != dtype
+    x_0, eps = torch.randn(2, 3, 2, 5, 7, dtype=dtype)
+    t = torch.tensor([0, 20, 49])
+    x_t = cast.q_sample(x_0, t, eps)
+    results = x_t, cast.predict_x0(x_t, t, eps), *cast.posterior(x_0, x_t, t)
+    assert {result.dtype for result in results} == {dtype}
+    error = plain.q_sample(x_0.float(), t, eps.float()) - x_t.float()
+    assert error.abs().max() < 0.02
+    for sample in (cast.ddpm_sample, cast.ddim_sample):
+        x = sample(lambda x_t, t: x_t, torch.randn(2, 1, 3, 5, dtype=dtype))
+        assert x.dtype == dtype and x.isfinite().all()
+
+
 def test_tables_are_not_in_checkpoints():
     assert not Diffusion().state_dict()
 

@@ -3,7 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,18 +82,17 @@ def test_swap_accuracy_of_a_token_with_two_factors():
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-def save_images(path, seed, sizes=SIZES):
+def save_images(path, seed):
     """Random images of a grid of factors."""
-    n = int(np.prod(sizes))
+    n = int(np.prod(SIZES))
     images = np.random.default_rng(seed).integers(0, 256, (n, 64, 64, 3), np.uint8)
-    np.savez(path, images=images, labels=np.stack(np.unravel_index(np.arange(n), sizes), axis=1))
+    np.savez(path, images=images, labels=np.stack(np.unravel_index(np.arange(n), SIZES), axis=1))
 
 
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     """Writes data and a run folder with untrained networks; nothing in them is zero."""
-    ten_steps = partialmethod(evaluate.Diffusion.ddim_sample, steps=10)
-    monkeypatch.setattr(evaluate.Diffusion, "ddim_sample", ten_steps)
+    monkeypatch.setattr(evaluate, "DDIM_STEPS", 10)
     monkeypatch.setattr(evaluate, "swap_accuracy", partial(swap_accuracy, pairs=3))
     monkeypatch.setitem(evaluate.OF_FACTORS, "dci", partial(evaluate.dci_scores, points=(40, 20)))
     save_images(tmp_path / "images.npz", 0)
@@ -116,7 +115,7 @@ def make_run(tmp_path, monkeypatch):
         train.save_checkpoint(folder / "vae.pt", cfg, 1, 1.0, {"vae": vae})
         parts = {"encoder": encoder, "unet": unet, "ema": unet}
         train.save_checkpoint(folder / "model.pt", cfg, cfg.steps, 2.0, parts)
-        data = dict(name=ds.name, images=len(ds))
+        data = dict(name=ds.name, images=len(ds), checksum=ds.checksum())
         train.write_json(folder / "run.json", {"config": dataclasses.asdict(cfg), "data": data})
         return str(folder)
     return make
@@ -148,7 +147,13 @@ def test_scores_of_a_run(make_run, tmp_path):
     mse = (run.decode(run.encode(images)) - images).div(2).square().mean().item()
     assert scores["psnr"] == pytest.approx(-10 * np.log10(mse), rel=1e-4)
     kept = np.load(Path(folder) / "codes.npz")
-    assert np.array_equal(kept["z"], run.codes(np.arange(60))) and kept["y"].shape == (60, 3)
+    z = evaluate.compute_codes(run.encoder, run.ds, np.arange(60))
+    assert np.array_equal(kept["z"], z) and kept["y"].shape == (60, 3)
+    assert (result["images"], result["ddim_steps"]) == (60, 10)
+    fewer, = evaluate.main([folder, "--images", "30", "--ddim-steps", "12"])
+    assert (fewer["images"], fewer["ddim_steps"]) == (30, 12)
+    assert fewer["scores"]["psnr"] != scores["psnr"]
+    assert evaluate.name_setting(fewer).endswith(", ddim_steps 12")
 
 
 def test_the_table_of_scored_runs_builds_no_network(make_run, monkeypatch, capsys):
@@ -160,30 +165,58 @@ def test_the_table_of_scored_runs_builds_no_network(make_run, monkeypatch, capsy
     assert json.dumps(evaluate.main(runs)) == json.dumps(first)
 
 
+def test_runs_of_two_data_sets_of_one_name_are_two_lines(make_run, tmp_path, capsys):
+    for folder, seed in (("a", 0), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        save_images(tmp_path / folder / "images.npz", seed)
+    evaluate.main([make_run("1", "a/images.npz"), make_run("2", "b/images.npz")])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0].split()[:1] == lines[1].split()[:1] == ["images.npz"]
+    assert lines[0].split()[1] != lines[1].split()[1] and "+-" not in "".join(lines)
+
+
 def test_another_data_set_needs_out(make_run, tmp_path):
+    """Also one of as many images; what was scored stays."""
     folder = make_run()
     before = sorted(Path(folder).iterdir())
-    save_images(tmp_path / "others.npz", 2, sizes=(5, 3, 3))
+    save_images(tmp_path / "others.npz", 2)
+    others = ["--data", str(tmp_path / "others.npz")]
     with pytest.raises(InputError, match="add --out FOLDER"):
-        Run(folder, str(tmp_path / "others.npz"))
+        evaluate.main([folder, *others])
+    with pytest.raises(InputError, match="for one run alone"):
+        evaluate.main([folder, folder, *others])
     moved = (tmp_path / "images.npz").rename(tmp_path / "moved.npz")
     assert len(Run(folder, str(moved)).ds) == 60
     out = tmp_path / "results"
-    with_out = [folder, "--data", str(tmp_path / "others.npz"), "--out", str(out)]
-    evaluate.main([*with_out, "--figures", "bottleneck", "swap_tokens"])
+    evaluate.main([folder, *others, f"--out={out}", "--figures", "attention", "swap_tokens"])
     assert sorted(Path(folder).iterdir()) == before
-    assert {path.name for path in out.iterdir()} == {"bottleneck.png", "swap_tokens.png"}
+    assert {path.name for path in out.iterdir()} == {"attention.png", "swap_tokens.png"}
 
 
-def test_a_run_of_the_built_in_world_is_not_scored_on_a_file_as_large(make_run, tmp_path):
+def test_the_unpacked_data_may_lie_elsewhere(make_run, tmp_path, monkeypatch):
     folder = make_run()
-    run = json.loads((Path(folder) / "run.json").read_text())
-    run["config"]["data"] = ""
-    train.write_json(Path(folder) / "run.json", run)
-    with pytest.raises(InputError, match="add --out FOLDER"):
-        Run(folder, str(tmp_path / "images.npz"))
-    with pytest.raises(InputError, match="built-in world: leave out --data"):
-        train.main(["--resume", folder, "--data", str(tmp_path / "images.npz")])
+    cache = tmp_path / "elsewhere"
+    evaluate.main([folder, "--cache", str(cache), "--figures", "attention"])
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    evaluate.main([folder, "--out=~/home", "--figures", "attention"])
+    assert (tmp_path / "home" / "attention.png").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"scores": '])
+def test_a_damaged_scores_file_does_not_stop_a_table(make_run, capsys, content):
+    runs = [make_run("a"), make_run("b", seed=1)]
+    (Path(runs[1]) / "scores.json").write_text(content)
+    assert len(evaluate.main(runs)) == 1
+    out = capsys.readouterr().out
+    assert f"{runs[1]} is left out: " in out and "scores.json is missing or damaged" in out
+
+
+def test_codes_are_computed_in_full_precision(make_run):
+    train.allow_tf32(True)
+    Run(make_run())
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_figures_elsewhere_know_the_scores(make_run, tmp_path):
@@ -191,7 +224,7 @@ def test_figures_elsewhere_know_the_scores(make_run, tmp_path):
     evaluate.main([folder])
     elsewhere = Run(folder, out=str(tmp_path / "figures"))
     assert elsewhere.importance == Run(folder).importance is not None
-    save_images(tmp_path / "others.npz", 2, sizes=(5, 3, 3))
+    save_images(tmp_path / "others.npz", 2)
     assert Run(folder, str(tmp_path / "others.npz"), str(tmp_path / "other")).importance is None
 
 
@@ -203,7 +236,7 @@ def test_an_unfinished_run_is_left_out_of_the_table(make_run, capsys):
 
 
 def test_codes_have_no_figures():
-    with pytest.raises(InputError, match="--figures for runs"):
+    with pytest.raises(InputError, match="without --figures"):
         evaluate.main(["--codes", "z.npz", "--figures"])
 
 
@@ -254,21 +287,36 @@ def run(make_run):
 
 
 def test_swap_shows_the_groups_of_tokens(run):
-    images = run.images(10, seed=2)
+    images = evaluate.target_and_sources(run)
     tokens = run.encode(images)
     shown = cells(evaluate.swap(run), 10, 4)
     assert np.array_equal(shown[0], pixels(images))
+    assert (shown[1:, 0] == 255).all()  # the target is not swapped with itself
     for row, group in ((1, [1, 3]), (2, [0]), (3, [4])):
-        swapped = tokens.clone()
-        swapped[:, group] = tokens[:1, group]
-        assert np.abs(shown[row] - pixels(run.decode(swapped))).max() <= 1
+        swapped = tokens[1:].clone()
+        swapped[:, group] = tokens[0, group]
+        assert np.abs(shown[row, 1:] - pixels(run.decode(swapped))).max() <= 1
     used = {"token 1: factor_0 0.80": 1, "token 3: factor_0 0.20": 3, "token 0: factor_1 0.90": 0,
             "token 4: factor_2 0.50": 4}  # token 2 is idle
     assert list(evaluate.used_tokens(run).items()) == list(used.items())
-    swapped = tokens.clone()
-    swapped[:, 3] = tokens[:1, 3]
+    swapped = tokens[1:].clone()
+    swapped[:, 3] = tokens[0, 3]
     shown = cells(evaluate.swap_tokens(run), 10, 5)
-    assert np.abs(shown[2] - pixels(run.decode(swapped))).max() <= 1
+    assert np.abs(shown[2, 1:] - pixels(run.decode(swapped))).max() <= 1
+
+
+def test_the_target_of_a_swap_differs_from_its_sources_in_every_factor(run, world):
+    run.ds = world
+    images = evaluate.target_and_sources(run)
+    rows = run.rows(2000, seed=evaluate.TARGET)
+    y = world.factors(rows).numpy()
+    found = []
+    for image in images:
+        error = (world.images(rows) - image).abs().mean((1, 2, 3))
+        found.append(y[error.argmin()])
+    target, sources = found[0], np.array(found[1:])
+    assert len(sources) == 9 and (sources != target).all()
+    assert len(set(target[:3])) == 3 and not np.isin(sources[:, :3], target[:3]).any()
 
 
 def test_traversal(run):
@@ -288,18 +336,6 @@ def test_attention_is_flat_where_queries_are_zero(run):
     flat = cells(evaluate.attention(run), 10, 5)
     assert np.array_equal(flat[0], images)
     assert np.abs(flat[1:] - images).max() <= 1 < np.abs(peaked[1:] - images).max()
-
-
-def test_bottleneck_is_the_papers_figure(run):
-    sheet = np.asarray(evaluate.bottleneck(run))[:, -500:, 0]  # 4 rows of 64, 2 panels of 250
-    heights = (sheet.reshape(4, 64, 2, 250) < 200).mean(1)  # white is 255, the area under KL grey
-    linear, sqrt_linear, _, cosine = heights[:, 1]
-    for curve, t, share in (  # as read off the paper's figure
-        (linear, 200, 0.59), (linear, 400, 0.25), (linear, 600, 0.07), (sqrt_linear, 200, 0.52),
-        (sqrt_linear, 400, 0.16), (cosine, 200, 0.81), (cosine, 400, 0.57), (cosine, 600, 0.30),
-    ):
-        assert abs(curve[t // 4] - share) < 0.03
-    assert abs(heights[0, 0, 50] - 0.155) < 0.02
 
 
 # ---- the command ---------------------------------------------------------------------------------

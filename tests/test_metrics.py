@@ -177,8 +177,6 @@ def test_mig_is_its_definition():
     assert mig(z[:, [0, 0, 1, 1, 2, 2]], y) < 1e-9  # everything twice: no gap
     assert mig(z[:, :1], y) == pytest.approx(1 / 3, abs=0.02)  # one code, all of one factor
     assert mig(np.random.default_rng(0).standard_normal((5000, 4)), y) < 0.02
-    rare = (np.arange(30000) == 5).astype(int)  # its one point is not drawn
-    assert np.isfinite(mig(np.ones((30000, 1)), np.stack([rare, np.arange(30000) % 2], axis=1)))
 
 
 def test_tad_is_its_definition():
@@ -236,13 +234,33 @@ CONTINUOUS = np.where([True, False, True], Y, np.random.default_rng(0).random((5
     (Z[:, 0], Y, "codes must be"),
     (Z, np.where([True, True, False], Y, 1), "factor 2 has 1 values in 50 points"),
     (Z, CONTINUOUS, "factor 1 has 50 values in 50 points"),
+    (Z, np.where([True, False, True], Y, ROW == 5), "factor 1 has one value in all but 1 of 50"),
 ])
 def test_wrong_input_is_one_sentence(z, y, words):
     for score in (factor_vae_score, beta_vae_score, mig):
         with pytest.raises(InputError, match=words):
             score(z, y)
     with pytest.raises(InputError, match=words):
-        dci(z, y, z[:0], y[:0])
+        dci(z, y, z, y)
+
+
+def test_parts_without_a_score_are_refused():
+    """A value that is rare, or not there at all, among the points drawn or trained on."""
+    rare = np.stack([np.arange(30000) % 2, np.arange(30000) < 9], axis=1)
+    with pytest.raises(InputError, match="factor 1 has"):
+        mig(rare + 0.0, rare)
+    with pytest.raises(InputError, match="factor 0 has 1 values in 20 points"):
+        dci(Z[:20], np.where([False, True, True], Y[:20], 1), Z, Y)
+    with pytest.raises(InputError, match="DCI needs test points"):
+        dci(Z, Y, Z[:0], Y[:0])
+
+
+def test_a_complete_grid_with_few_points_per_value_is_scored():
+    """72 views of three objects, three points per view: no continuous factor."""
+    y = np.indices((3, 72)).reshape(2, -1).T
+    z = y / [1, 24] + 0.01 * np.random.default_rng(0).standard_normal(y.shape)
+    assert factor_vae_score(z, y) == 1.0
+    assert mig(z, y) > 0.8
 
 
 def test_dci_is_not_defined_for_one_code_or_one_factor():

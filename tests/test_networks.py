@@ -272,3 +272,26 @@ def test_kl_term_is_the_divergence():
 def test_unknown_kinds_are_refused(wrong):
     with pytest.raises(ValueError, match="vae|scalars|film"):
         wrong()
+
+
+# ---- other types than float32 --------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_follow_their_inputs_type(dtype):
+    x_t, t, tokens = inputs()
+    unet = tiny_unet().to(dtype)
+    assert unet(x_t.to(dtype), t, tokens.to(dtype)).dtype == dtype
+    images = torch.randn(2, 3, 64, 64, dtype=dtype)
+    encoder = ConceptEncoder(n_tokens=7, token_dim=5, width=8).to(dtype)
+    assert encoder(images).dtype == dtype
+    vae = tiny_vae("vq").to(dtype)
+    assert vae.decode(vae.encode(images)).dtype == dtype
+
+
+def test_the_search_of_the_codebook_builds_no_graph():
+    codebook = tiny_vae("vq").codebook
+    latent = torch.randn(2, 3, 5, 7, requires_grad=True)
+    codebook(latent).sum().backward()
+    assert latent.grad is None
+    count = (codebook.vectors.weight.grad / torch.ones(3)).sum(0)
+    assert count.tolist() == [70, 70, 70]
