@@ -30,6 +30,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SIDE = 64  # height and width of all images, in pixels
+UNREADABLE = (  # what Pillow, h5py and numpy raise for damaged files
+    OSError, EOFError, ValueError, RuntimeError, LookupError, SyntaxError, struct.error, zlib.error,
+    zipfile.BadZipFile, Image.DecompressionBombError,
+)
 
 
 # ---- 1. The interface ----
@@ -110,7 +114,9 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
                 return open_arrays(path, cache, file, read_npz)
         with h5py.File(path) as file:
             return open_arrays(path, cache, file, read_hdf5)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except InputError:
+        raise
+    except UNREADABLE as error:
         raise InputError(f"cannot unpack {path} ({error}): it must be a folder, .npz or HDF5 file, "
                          "undamaged; name a --cache if nothing can be written beside it") from error
 
@@ -189,9 +195,6 @@ GRIDS = (  # name (else the file's), factors, sizes
     ("", MPI3D, (4, 4, 2, 3, 3, 40, 40)),  # real, complicated shapes
     ("dSprites", ("shape", "scale", "orientation", "x", "y"), (3, 6, 40, 32, 32)),
     ("Cars3D", ("elevation", "azimuth", "object"), (4, 24, 183)),
-)
-UNREADABLE = (  # what Pillow raises
-    OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ATTRIBUTE_LIST = "list_attr_celeba.txt"

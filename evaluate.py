@@ -110,23 +110,6 @@ def dci_scores(z, y, points=(10000, 5000)):
     return {**scores, "importance": scores["importance"].tolist()}
 
 
-def draw_partners(y, first, rng):
-    """For each row of `first` a factor; for each of its points one of equal class in it.
-
-    y: (n, K); first: point numbers, (rows, batch). Returns (rows,) and (rows, batch).
-    """
-    factor = rng.integers(y.shape[1], size=len(first))
-    second = np.empty_like(first)
-    for k in range(y.shape[1]):
-        order = np.argsort(y[:, k], kind="stable")  # class 0, then 1, ..
-        count = np.bincount(y[:, k])
-        start = count.cumsum() - count  # where a class begins
-        value = y[first[factor == k], k]
-        offset = (rng.random(value.shape) * count[value]).astype(np.int64)
-        second[factor == k] = order[start[value] + offset]
-    return factor, second
-
-
 def factor_vae_score(
     z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5000), min_std: float = 0.05
 ) -> float:
@@ -142,50 +125,16 @@ def factor_vae_score(
     if not kept.any():
         return 0.0
     z = z[:, kept] / std[kept]
-    first = rng.integers(len(z), size=(sum(votes), 1)).repeat(64, axis=1)  # one point a vote
-    factor, rows = draw_partners(y, first, rng)  # (votes,), (votes, batch)
-    code = np.empty(len(rows), np.int64)
-    for vote, shared in enumerate(rows):
-        code[vote] = z[shared].var(0).argmin()
+    factor = rng.integers(y.shape[1], size=sum(votes))
+    code = np.empty(sum(votes), np.int64)
+    for vote, k in enumerate(factor):
+        shared = np.flatnonzero(y[:, k] == y[rng.integers(len(y)), k])
+        code[vote] = z[rng.choice(shared, 64)].var(0).argmin()
     n = votes[0]
     count = np.zeros((z.shape[1], y.shape[1]))
     np.add.at(count, (code[:n], factor[:n]), 1)
     predicted = count.argmax(1)[code[n:]]
     return float((predicted == factor[n:]).mean())
-
-
-def beta_vae_score(
-    z: Array, y: Array, seed: int = 0, points: tuple = (10000, 5000), batch: int = 64
-) -> float:
-    """beta-VAE score (Higgins et al. 2017), an accuracy in [0, 1].
-
-    A linear classifier tells which factor `batch` pairs share from their codes' mean |difference|.
-    """
-    z, y = check_codes(z, y)
-    rng = np.random.default_rng(seed)
-    first = rng.integers(len(z), size=(sum(points), batch))
-    factor, second = draw_partners(y, first, rng)  # (points, batch)
-    x = np.empty((len(first), z.shape[1]), np.float32)  # (points, N)
-    for i in range(len(x)):
-        x[i] = np.abs(z[first[i]] - z[second[i]]).mean(0)
-    n = points[0]
-    # DEVIATION: standardised, against the codes' scales
-    x = (x - x[:n].mean(0)) / (x[:n].std(0) + 1e-12)
-    x = F.pad(torch.from_numpy(x), (0, 1), value=1.0)  # (points, N + 1), with a bias
-    target = torch.from_numpy(factor)
-    weight = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)  # (N + 1, K)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        penalty = weight[:-1].square().sum() / (2 * n)  # as scikit-learn's with C = 1
-        loss = F.cross_entropy(x[:n] @ weight, target[:n]) + penalty
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    predicted = (x[n:] @ weight).argmax(1)
-    return (predicted == target[n:]).float().mean().item()
 
 
 def mig(z: Array, y: Array) -> float:
@@ -477,10 +426,17 @@ def target_and_sources(run):
     return run.ds.images(rows[:10]).to(run.device)
 
 
-def swap_sheet(run, groups):
-    """A target and its sources, then one row per group: its tokens are the target's in all."""
+def swap(run):
+    """A target and sources, then rows in which tokens are the target's: all of one factor's, those
+    whose largest importance it has; without importance each token by itself.
+    """
     images = target_and_sources(run)
     tokens = run.encode(images)
+    groups = {f"token {n}": [n] for n in range(run.cfg.tokens)}
+    if run.importance is not None:
+        owner = token_owners(run.importance)
+        names = enumerate(run.ds.factor_names)
+        groups = {name: np.flatnonzero(owner == k).tolist() for k, name in names}
     blank = torch.ones_like(images[:1])
     rows = {"target, then sources": images}
     for label, group in groups.items():
@@ -488,18 +444,6 @@ def swap_sheet(run, groups):
         swapped[:, group] = tokens[0, group]
         rows[label] = torch.cat([blank, run.decode(swapped)]) if len(swapped) else blank
     return grid(rows)
-
-
-def swap(run):
-    """One row per factor: all the tokens that follow it, those whose largest importance it has."""
-    owner = token_owners(run.importance)
-    names = enumerate(run.ds.factor_names)
-    return swap_sheet(run, {name: np.flatnonzero(owner == k).tolist() for k, name in names})
-
-
-def swap_tokens(run):
-    """The paper's grid: one row per used token."""
-    return swap_sheet(run, {label: [n] for label, n in used_tokens(run).items()})
 
 
 def traversal(run):
@@ -540,7 +484,6 @@ def attention(run):
 FIGURES = {  # and the configuration each needs
     "reconstruction": (reconstruction, {}),
     "swap": (swap, {}),
-    "swap_tokens": (swap_tokens, {}),
     "traversal": (traversal, {"encoder": "scalar"}),
     "attention": (attention, {"conditioning": "cross-attention", "objective": "diffusion"}),
 }
@@ -551,16 +494,16 @@ def draw(run, names):
     for name in names or FIGURES:
         figure, needs = FIGURES[name]
         can = needs.items() <= vars(run.cfg).items()
-        if can and (run.importance is not None or name != "swap"):
+        if can:
             figure(run).save(run.out / f"{name}.png")
             print(f"drew {run.out / name}.png", file=sys.stderr)
         elif names:
-            raise InputError(f"{name} needs a run with {needs or 'factors that has been scored'}")
+            raise InputError(f"{name} needs a run with {needs}")
 
 
 # ---- the command ----
 
-OF_FACTORS = dict(dci=dci_scores, factor_vae=factor_vae_score, mig=mig, beta_vae=beta_vae_score)
+OF_FACTORS = dict(dci=dci_scores, factor_vae=factor_vae_score, mig=mig)
 
 
 def psnr(run):
@@ -621,7 +564,7 @@ def score_run(run, n, argv):
     for place in ("data", "cache", "out", "vae"):  # of this machine
         del run.info["config"][place]
     result.update(machine=train.machine(run.device, "evaluate.py", argv), run=run.info)
-    draw(run, ["reconstruction", "swap_tokens" if run.importance is None else "swap"])
+    draw(run, ["reconstruction", "swap"])
     with atomic(run.out / "codes.npz") as temporary:
         np.savez(temporary, z=z, y=y)
     train.write_json(run.out / "scores.json", result)
@@ -656,7 +599,7 @@ def table(results):
         settings.setdefault(name_setting(result), []).append(scores)
     width = max(map(len, settings))
     columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
-               "beta_vae", "swap", "worst_swap", "tad", "psnr")
+               "swap", "worst_swap", "tad", "psnr")
     print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
     for name, runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"

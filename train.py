@@ -550,7 +550,8 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: has this run been trained?") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, LookupError,
+            pickle.UnpicklingError) as error:
         raise InputError(f"{path} is damaged ({error}): train this run anew") from error
     try:
         for name, part in parts.items():

@@ -1,18 +1,16 @@
 """The metrics of evaluate.py: against scikit-learn, against loops that follow the definitions, and
 on codes whose scores are known."""
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from sklearn.ensemble import GradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
 import evaluate
 from data import InputError
-from evaluate import beta_vae_score, dci, factor_vae_score, mig
+from evaluate import dci, factor_vae_score, mig
 
 SIZES = (4, 3, 2)  # two classes grow one tree
 
@@ -120,41 +118,6 @@ def test_factor_vae_score_of_known_codes():
     assert factor_vae_score(0.01 * z, y) == 0.0  # all are pruned
 
 
-def beta_vae_by_loops(z, y, rng, points, batch):
-    """Higgins et al. 2017, with scikit-learn's logistic regression."""
-    x, target = [], []
-    for _ in range(sum(points)):
-        k = rng.integers(y.shape[1])
-        a = rng.integers(len(y), size=batch)
-        b = [rng.choice(np.flatnonzero(y[:, k] == y[i, k])) for i in a]
-        x.append(np.abs(z[a] - z[b]).mean(0))
-        target.append(k)
-    x = (np.array(x) - np.mean(x, 0)) / np.std(x, 0)
-    n = points[0]
-    return LogisticRegression(max_iter=1000).fit(x[:n], target[:n]).score(x[n:], target[n:])
-
-
-def test_beta_vae_score_is_its_definition():
-    y, z = mixed(500, 2.0, 0)
-    z = z + 3 * np.random.default_rng(3).standard_normal(z.shape)
-    ours, loops = [], []
-    for seed in range(4):
-        ours.append(beta_vae_score(z, y, seed, points=(300, 200), batch=8))
-        loops.append(beta_vae_by_loops(z, y, np.random.default_rng(seed), (300, 200), 8))
-    assert abs(np.mean(ours) - np.mean(loops)) < 0.06 and np.mean(loops) < 0.99
-
-
-def test_beta_vae_score_of_many_codes_takes_little_memory():
-    """At once, the differences of 4,000 inputs of 64 pairs of 512 codes take 0.5 GB, thrice."""
-    y, z = points(500)
-    z = np.concatenate([z, np.zeros((500, 509))], axis=1)
-    tracemalloc.start()
-    assert beta_vae_score(z, y, points=(3000, 1000)) > 0.99
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 3e8
-
-
 def mig_by_definition(z, y, n_bins=20):
     """Chen et al. 2018, equation 6, with scikit-learn's mutual information."""
     gaps = []
@@ -237,7 +200,7 @@ CONTINUOUS = np.where([True, False, True], Y, np.random.default_rng(0).random((5
     (Z, np.where([True, False, True], Y, ROW == 5), "factor 1 has one value in all but 1 of 50"),
 ])
 def test_wrong_input_is_one_sentence(z, y, words):
-    for score in (factor_vae_score, beta_vae_score, mig):
+    for score in (factor_vae_score, mig):
         with pytest.raises(InputError, match=words):
             score(z, y)
     with pytest.raises(InputError, match=words):
