@@ -62,13 +62,13 @@ class Config:
     cuda_graphs: bool = False       # record token encoder and U-Net, on one GPU
     # first stage
     first_stage: str = "kl"         # kl or vq
-    vae_channels: int = 16          # width of its finest level
-    vae_multipliers: tuple = (1, 2, 4)  # width of each level / vae_channels
+    vae_channels: int = 32          # width of its finest level
+    vae_multipliers: tuple = (1, 2)  # width of each level / vae_channels
     vae_res_blocks: int = 1         # residual blocks per level, one more on the way up
     vae_groups: int = 8             # groups of its group norms
-    vae_patch: int = 2              # side of the squares that images are cut into
+    vae_patch: int = 4              # side of the squares that images are cut into
     latent_channels: int = 4        # Z
-    vae_steps: int = 3500           # training steps of the first stage
+    vae_steps: int = 4000           # training steps of the first stage
     vae_batch_size: int = 16        # images per step of the first stage
     vae_lr: float = 5e-3            # its highest learning rate, of Adam
     vae_betas: tuple = (0.9, 0.99)  # of its Adam
@@ -91,7 +91,7 @@ class Config:
     loss: str = "l1"                # l1 or l2, of the predicted noise
     objective: str = "diffusion"    # or reconstruct, an ablation: x_0 from the tokens alone
     # optimisation of token encoder and U-Net
-    steps: int = 10500              # training steps
+    steps: int = 18000              # training steps
     batch_size: int = 32            # B
     lr: float = 3e-3                # highest learning rate, of AdamW
     betas: tuple = (0.9, 0.99)      # of AdamW
@@ -104,11 +104,11 @@ class Config:
 # DEVIATION: the sizes and constants of tiny and small were chosen by trials on two CPU cores. In
 # paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
 PRESETS = {
-    "tiny": dict(vae_steps=2000, steps=3000),
+    "tiny": dict(vae_steps=1500, steps=1800),
     "small": dict(),
     "paper": dict(
-        first_stage="vq", vae_channels=32, vae_res_blocks=2, vae_groups=32, vae_patch=1,
-        latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3,
+        first_stage="vq", vae_channels=32, vae_multipliers=(1, 2, 4), vae_res_blocks=2,
+        vae_groups=32, vae_patch=1, latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3,
         vae_betas=(0.5, 0.9), encoder_width=128, encoder_strides=(2, 2, 2, 2),
         channels=64, multipliers=(1, 2, 4, 4), attention_levels=3, heads=8,
         res_blocks=2, groups=32,

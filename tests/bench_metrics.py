@@ -5,7 +5,7 @@
     python tests/bench_metrics.py RUN --draws 5 --ours-alone    # how far the points matter
 
 Trains on so many points, in the protocol 10,000, and tests on half as many. Writes
-.github/results/bench_metrics-NAME.json. Nearly all of its time is scikit-learn's: ten core-minutes
+bench_metrics-NAME.json into this folder. Nearly all of its time is scikit-learn's: ten core-minutes
 for 10,000 points, 20 codes and the six factors of 3D Shapes, in proportion to points, codes and
 the sum of all factors' sizes (59).
 """
@@ -101,10 +101,11 @@ def main():
                 row["scikit_learn_seconds"] = round(sum(seconds), 1)
             print(row, flush=True)
             contents = {
-                "columns": NAMES, "points": n, "machine": machine(torch.device("cpu")),
+                "columns": NAMES, "points": n,
+                "machine": machine(torch.device("cpu"), "tests/bench_metrics.py", sys.argv[1:]),
                 "rows": rows,
             }
-            write_json(ROOT / f".github/results/bench_metrics-{name}.json", contents)
+            write_json(Path(f"bench_metrics-{name}.json"), contents)
 
 
 if __name__ == "__main__":

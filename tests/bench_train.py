@@ -2,11 +2,11 @@
 
     pip install diffusers
     python tests/bench_train.py [--preset small paper] [--device cpu] [--precision float32]
-        [--compile] [--cuda-graphs] [--seconds 60]
+        [--cuda-graphs] [--seconds 60] [--out FILE.json]
 
 Token encoder, loss, optimizer and weight average are this project's in both; only the U-Net
 changes. Ours and theirs take steps in turn; medians.
-Writes .github/results/bench_train-DEVICE.json.
+Writes a JSON file, without --out bench_train-DEVICE.json.
 """
 import argparse
 import copy
@@ -59,14 +59,12 @@ class Step:
     def __init__(self, cfg, unet, device):
         torch.manual_seed(0)
         self.cfg, self.device = cfg, device
-        self.bfloat16 = cfg.precision == "bfloat16"
         self.encoder = train.build_encoder(cfg).to(device, memory_format=torch.channels_last)
         self.unet = unet.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(unet).requires_grad_(False)
         if cfg.cuda_graphs:
             train.record_graphs(self.encoder, self.unet, cfg)
         self.params = [*self.encoder.parameters(), *self.unet.parameters()]
-        self.compiled = [train.wrap(self.encoder, cfg), train.wrap(self.unet, cfg)]
         self.optimizer = torch.optim.AdamW(self.params, 1e-5, cfg.betas, fused=device.type != "mps")
         self.diffusion = Diffusion(cfg.schedule).to(device)
         self.images = torch.rand(cfg.batch_size, 3, 64, 64, device=device) * 2 - 1
@@ -76,9 +74,8 @@ class Step:
         t = torch.randint(1000, (len(self.x_0),), device=self.device)
         eps = torch.randn_like(self.x_0)
         x_t = self.diffusion.q_sample(self.x_0, t, eps)
-        with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16):
-            encoder, unet = self.compiled
-            loss = F.l1_loss(unet(x_t, t, encoder(self.images)), eps)
+        with train.autocast(self.cfg, self.device):
+            loss = F.l1_loss(self.unet(x_t, t, self.encoder(self.images)), eps)
         self.optimizer.zero_grad()
         loss.backward()
         if self.cfg.clip:
@@ -91,7 +88,7 @@ class Step:
         x_T = torch.randn(64, *train.latent_shape(self.cfg), device=self.device)
         tokens = torch.randn(64, self.cfg.tokens, self.cfg.token_dim, device=self.device)
         self.unet.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16):
+        with train.autocast(self.cfg, self.device):
             self.diffusion.ddim_sample(lambda x_t, t: self.unet(x_t, t, tokens), x_T)
 
 
@@ -105,7 +102,7 @@ def seconds(work, device):
 
 
 def measure(preset, precision, way, device, budget):
-    """Two rows, ours and diffusers': milliseconds a step, images a second, seconds of DDIM."""
+    """Two rows, ours and diffusers': milliseconds per step, images per second, seconds of DDIM."""
     cfg = train.Config(preset=preset, precision=precision, **way, **train.PRESETS[preset])
     steps = {"ours": Step(cfg, train.build_unet(cfg), device),
              "diffusers": Step(cfg, diffusers_unet(cfg), device)}
@@ -119,7 +116,7 @@ def measure(preset, precision, way, device, budget):
         median = statistics.median(times[name][2:])             # the first two warm up
         rows.append({
             "preset": preset, "unet": name, "precision": precision,
-            "compile": cfg.compile, "cuda_graphs": cfg.cuda_graphs, "batch": cfg.batch_size,
+            "cuda_graphs": cfg.cuda_graphs, "batch": cfg.batch_size,
             "parameters": sum(p.numel() for p in step.unet.parameters()),
             "ms_per_step": round(1000 * median, 2), "steps": len(times[name]),
             "images_per_second": round(cfg.batch_size / median, 1),
@@ -133,17 +130,14 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["small", "paper"])
     parser.add_argument("--precision", nargs="+", default=["float32"])
-    parser.add_argument("--compile", action="store_true", help="measure compiled networks, too")
     parser.add_argument("--cuda-graphs", action="store_true", help="measure recorded ones, too")
     parser.add_argument("--seconds", type=float, default=60.0, help="of steps, for a pair of rows")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default="", help="the JSON file")
     args = parser.parse_args()
     device = train.choose_device(args.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as in train.main
+    train.allow_tf32(True)  # as in train.main
     ways = [{}]
-    if args.compile:
-        ways.append({"compile": True})
     if args.cuda_graphs:
         ways.append({"cuda_graphs": True})
     rows = []
@@ -152,8 +146,9 @@ def main():
             for way in ways:
                 rows += measure(preset, precision, way, device, args.seconds)
                 print(*rows[-2:], sep="\n", flush=True)
-    result = {"machine": train.machine(device), "rows": rows}
-    train.write_json(ROOT / ".github" / "results" / f"bench_train-{device.type}.json", result)
+    machine = train.machine(device, "tests/bench_train.py", sys.argv[1:])
+    out = Path(args.out or f"bench_train-{device.type}.json")
+    train.write_json(out, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

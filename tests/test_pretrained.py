@@ -1,0 +1,38 @@
+"""The trained run that comes with the repository has the scores of the README's first table."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".github" / "pretrained" / "world"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "open_dataset", lambda *paths: world)
+        return evaluate.Run(str(FOLDER), out=str(tmp_path_factory.mktemp("out")))
+
+
+def test_its_scores_come_out_again(run):
+    wanted = json.loads((FOLDER / "scores.json").read_text())["scores"]
+    index = run.rows(15000)
+    z, y = evaluate.compute_codes(run.encoder, run.ds, index), run.ds.factors(index).numpy()
+    dci = evaluate.dci_scores(z, y)
+    assert evaluate.factor_vae_score(z, y) == pytest.approx(wanted["factor_vae"], abs=0.01)
+    assert dci["disentanglement"] == pytest.approx(wanted["disentanglement"], abs=0.01)
+    swap = evaluate.swap_accuracy(run.ds, run.encode, run.decode, wanted["importance"], pairs=32)
+    assert swap["mean"] == pytest.approx(wanted["swap"]["mean"], abs=0.05)
+    shown = wanted["factor_vae"], wanted["disentanglement"], wanted["swap"]["mean"]
+    row = " | ".join(f"{score:.3f}" for score in shown)
+    assert f"[that comes with the repository](.github/pretrained/world) | {row} |" in (
+        re.sub(r" +", " ", (ROOT / "README.md").read_text()))
+
+
+def test_it_names_no_folder():
+    for file in FOLDER.glob("*.json"):
+        assert not re.search("/(tmp|work|home|root|Users)/", file.read_text())
