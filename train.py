@@ -108,8 +108,9 @@ PRESETS = {
     "small": dict(),
     "paper": dict(
         first_stage="vq", vae_channels=32, vae_multipliers=(1, 2, 4), vae_res_blocks=2,
-        vae_groups=32, vae_patch=1, latent_channels=3, vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3,
-        vae_betas=(0.5, 0.9), encoder_width=128, encoder_strides=(2, 2, 2, 2),
+        vae_groups=32, vae_patch=1, latent_channels=3,
+        vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9),
+        encoder_width=128, encoder_strides=(2, 2, 2, 2),
         channels=64, multipliers=(1, 2, 4, 4), attention_levels=3, heads=8,
         res_blocks=2, groups=32,
         steps=37500, batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000,
