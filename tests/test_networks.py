@@ -148,8 +148,10 @@ def copy_into(ours, theirs, names):
 
 
 def test_attention_and_res_block_are_those_of_diffusers():
-    attention_processor = pytest.importorskip("diffusers.models.attention_processor")
-    resnet = pytest.importorskip("diffusers.models.resnet")
+    try:
+        from diffusers.models import attention_processor, resnet
+    except (ImportError, AttributeError):  # the newest does not know the oldest torch
+        pytest.skip("no diffusers for this torch")
     torch.manual_seed(0)
     ours = Attention(12, 5, heads=3)
     theirs = attention_processor.Attention(12, cross_attention_dim=5, heads=3, dim_head=4)
