@@ -6,8 +6,9 @@ latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. Th
 function `denoise(x_t, t) -> eps`, for example `lambda x_t, t: unet(x_t, t, tokens)`.
 
 Letters (the papers'): T steps; t in 0..T-1 (the papers count 1..T: our t is their t - 1); beta_t;
-alpha_t = 1 - beta_t; abar_t = product of alpha up to t; x_0 clean latent, x_t noisy latent, eps the
-noise in it. Shapes: B batch, Z, h, w channels, height and width of the latent.
+alpha_t = 1 - beta_t; abar_t = product of alpha up to t; x_0 clean latent (below t = 0: t = -1), x_t
+noisy latent, eps the noise in it, x_T pure noise, where sampling starts. Shapes: B batch, Z, h, w
+channels, height and width of the latent.
 """
 import math
 from collections.abc import Callable
@@ -47,8 +48,8 @@ class Diffusion(nn.Module):
     A module so that its tables move with .to(device); they are computed in float64, kept in float32
     and left out of checkpoints.
 
-    In all methods: x_0, x_t, x_T, eps (predicted, or N(0, I)) and noise (N(0, I)) are (B, Z, h, w)
-    and what is returned has their type; t is (B,) int64 in 0..T-1.
+    In all methods: x_0, x_t, x_T, eps (drawn for q_sample, else predicted) and noise (fresh, of
+    N(0, I)) are (B, Z, h, w) and what is returned has their type; t is (B,) int64 in 0..T-1.
     """
 
     def __init__(self, name: str = "linear", steps: int = 1000):
@@ -99,10 +100,11 @@ class Diffusion(nn.Module):
     def kl_to_noise(self, mean_square: float = 1.0) -> Tensor:
         """KL(q(x_t | x_0) || N(0, I)) per dimension, (T,): the width of EncDiff's bottleneck.
 
-        mean_square: E[x_0^2] of the latents, about 1 for ours. The paper's curves (figure 2 b)
-        equal 2 x this for E[x_0^2] = 67.6; its caption names the posterior, which does not match.
+        mean_square: E[x_0^2] of the latents, 1 for those of zero mean and unit deviation. The
+        paper's curves (figure 2 b) equal 2 x this for E[x_0^2] = 67.6; its caption names the
+        posterior, which does not match.
         """
-        return 0.5 * (self.abar * (mean_square - 1) - torch.log(1 - self.abar))
+        return 0.5 * (self.abar * (mean_square - 1) - 2 * torch.log(self.sqrt_1m_abar))
 
     # ---- samplers: x_T -> x_0, both are loops over one step ----
 
@@ -148,8 +150,8 @@ class Diffusion(nn.Module):
     ) -> Tensor:
         """DDIM over `steps` evenly spaced noise levels t = 0, T / steps, .. Returns x_0.
 
-        DEVIATION: latent diffusion's levels are higher by one. With steps < T neither starts at
-        t = T - 1, where cosine's abar is too small to tell x_0 from eps.
+        DEVIATION: latent diffusion's levels are higher by one. With steps < T neither theirs nor
+        ours include T - 1, where cosine's abar is too small to tell x_0 from eps.
         """
         if not 10 <= steps <= self.steps:
             raise ValueError(f"DDIM takes 10 to {self.steps} steps, not {steps}")

@@ -24,7 +24,7 @@ CONDITIONINGS = ("cross-attention", "adagn")
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines and sines of t at geometrically spaced frequencies (latent diffusion's code).
 
-    t: (B,) int64 in 0..T-1. Returns (B, dim) float32 in [-1, 1].
+    t: (B,) int64 in 0..T-1; dim: even. Returns (B, dim) float32 in [-1, 1].
     """
     half = dim // 2
     i = torch.arange(half, device=t.device)
@@ -147,7 +147,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv_2.bias)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: (B, C_in, H, W); emb: (B, E), after its SiLU. Returns (B, C, H', W')."""
+        """x: (B, C_in, H, W); emb: (B, E), after its SiLU. Returns (B, C, H', W'), resampled."""
         h = self.resize(F.silu(self.norm_1(x)))     # (B, C_in, H', W')
         h = self.conv_1(h)                          # (B, C, H', W')
         scale_shift = self.to_scale_shift(emb)[:, :, None, None]
@@ -187,7 +187,7 @@ class UNetBlock(nn.Module):
     def forward(
         self, x: Tensor, emb: Tensor, tokens: Tensor, attn_maps: list | None = None
     ) -> Tensor:
-        """x: (B, C_in, H, W); emb: (B, E); tokens: (B, N, D). Returns (B, C, H', W')."""
+        """x: (B, C_in, H, W); emb: (B, E); tokens: (B, N, D). Returns (B, C, H', W'), resampled."""
         x = self.res_block(x, emb)
         if self.transformer is not None:
             x = self.transformer(x, tokens, attn_maps)
@@ -197,7 +197,7 @@ class UNetBlock(nn.Module):
 # ---- networks ----
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t, S): predicts the noise in x_t from the concept tokens S.
+    """eps_theta(x_t, t, S): predicts the noise in x_t from x_t, t and the concept tokens S.
 
     The defaults, for latents (B, 3, 16, 16):
 

@@ -26,8 +26,7 @@ COMMITMENT = 0.25  # beta of VQ-VAE, the authors'
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a residual.
 
-    DEVIATION: the norms' eps is PyTorch's 1e-5 (latent diffusion's 1e-6), and the convolutions that
-    halve, below, pad all four sides (latent diffusion's the right and the bottom).
+    DEVIATION: the norms' eps is PyTorch's 1e-5 (latent diffusion's 1e-6).
     """
 
     def __init__(self, in_channels: int, channels: int, groups: int):
@@ -48,7 +47,10 @@ class ResBlock(nn.Module):
 
 
 def build_down(widths, res_blocks, out_channels, patch, groups):
-    """(B, 3, 64, 64) in [-1, 1] -> (B, out_channels, h, w), h = 64 / (patch * 2^(levels - 1))."""
+    """(B, 3, 64, 64) in [-1, 1] -> (B, Z or 2Z, h, w), h = 64 / (patch * 2^(levels - 1)).
+
+    DEVIATION: what halves pads all four sides, latent diffusion's the right and the bottom.
+    """
     c = widths[0]
     if patch == 1:
         layers = [nn.Conv2d(3, c, 3, padding=1)]
@@ -66,7 +68,7 @@ def build_down(widths, res_blocks, out_channels, patch, groups):
 
 
 def build_up(widths, res_blocks, latent_channels, patch, groups):
-    """(B, latent_channels, h, w) -> (B, 3, 64, 64): the mirror image, one block more per level."""
+    """(B, Z, h, w) -> (B, 3, 64, 64): the mirror image, one block more per level."""
     c = widths[-1]
     layers = [nn.Conv2d(latent_channels, c, 3, padding=1)]
     layers += [ResBlock(c, c, groups), ResBlock(c, c, groups)]
@@ -97,8 +99,8 @@ class Codebook(nn.Module):
         # |x - e|^2 = |x|^2 - 2 x.e + |e|^2, and |x|^2 does not change which e is nearest
         with torch.no_grad():  # a choice has no gradient
             distance = e.square().sum(dim=1) - 2 * x @ e.t()  # (B, h, w, V)
-            nearest = distance.argmin(dim=-1)                 # (B, h, w)
-        return self.vectors(nearest).permute(0, 3, 1, 2)
+            index = distance.argmin(dim=-1)                   # (B, h, w)
+        return self.vectors(index).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def init_from(self, latent: Tensor):
@@ -176,7 +178,7 @@ class Autoencoder(nn.Module):
         return l1 + latent_loss, l1
 
     def sample_gaussian(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A draw of N(mean, variance), and its KL to N(0, I) (Kingma and Welling 2014).
+        """A draw of N(mean, variance), and its weighed KL to N(0, I) (Kingma and Welling 2014).
 
         L1 is a mean over an image's numbers, latent diffusion's a sum: hence the division.
         """
