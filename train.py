@@ -11,7 +11,6 @@ log.jsonl, vae.pt (first stage), model.pt (token encoder, U-Net and its average)
 Letters: B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -30,7 +29,8 @@ from pathlib import Path
 
 try:
     import fcntl  # to lock a run folder
-except ImportError:  # Windows has none
+    import resource
+except ImportError:  # Windows has neither
     fcntl = None
 
 import torch
@@ -150,8 +150,8 @@ def parse(argv):
     if folder:
         return resumed(folder, given), True
     if given.get("vae"):
-        given.update(first_stage_of(given["vae"], given))
-    cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
+        given |= first_stage_of(given["vae"], given)
+    cfg = Config(**PRESETS[given.get("preset", "small")] | given)
     if not cfg.out:
         name = Path(cfg.data).stem or "world"
         cfg.out = os.path.abspath(f"runs/{name}-{cfg.preset}-{cfg.seed}")
@@ -159,36 +159,34 @@ def parse(argv):
 
 
 def resumed(folder, given):
-    """The configuration of a run to go on with, and the flags that may change in it."""
+    """The configuration of a run to go on with, some of whose flags may change."""
     cfg = config_of(read_run(folder))
-    wrong = set(given) - {"steps", "device", "data", "cache", "cuda_graphs"}
+    free = {"steps", "device", "data", "cache", "cuda_graphs"}
     if cfg.decay == "cosine":  # the learning rate, a function of steps, would jump
-        wrong |= set(given) & {"steps"}
-    if wrong:
-        raise taken("--resume", wrong)
+        free.remove("steps")
+    refuse("--resume", given.keys() - free)
     return dataclasses.replace(cfg, out=folder, **given)
 
 
-def taken(flag, names):
-    """For flags beside one that takes them from a run."""
-    names = ", ".join(sorted(names)).replace("_", "-")
-    return InputError(f"{flag} takes {names} from the run: leave it out")
+def refuse(flag, names):
+    """InputError if flags are given beside one that takes them from a run."""
+    if names:
+        names = ", ".join(sorted(names)).replace("_", "-")
+        raise InputError(f"{flag} takes {names} from the run: leave it out")
 
 
 def first_stage_of(folder, given):
-    """The settings of another run's first stage. InputError if they are given, too."""
+    """The settings of another run's first stage."""
     settings = {}
     for name, value in vars(config_of(read_run(folder))).items():
         if name in ("first_stage", "latent_channels") or name.startswith("vae_"):
             settings[name] = value
-    wrong = settings.keys() & given.keys()
-    if wrong:
-        raise taken("--vae", wrong)
+    refuse("--vae", settings.keys() & given.keys())
     return settings
 
 
 def numbers(kind):
-    """A function: '1,2,4' -> (1, 2, 4), each of this kind. ValueError."""
+    """A function: '1,2,4' -> (1, 2, 4), each of this kind."""
     def numbers(text):
         return tuple(map(kind, text.split(",")))
     return numbers
@@ -427,9 +425,7 @@ def allow_tf32(on: bool):
 
 def autocast(cfg, device):
     """A context in which networks compute in bfloat16, if asked for."""
-    if cfg.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, cfg.precision == "bfloat16")
 
 
 def move(x, device):
@@ -447,7 +443,7 @@ def ranks():
 
 
 def wrap(module):
-    """With several processes, averages gradients over them. Batch norm sees each one's share."""
+    """Averages gradients over the processes. Batch norm sees each one's share."""
     if ranks()[1] > 1:
         return torch.nn.parallel.DistributedDataParallel(module)
     return module
@@ -526,8 +522,7 @@ def save_checkpoint(path, cfg, step, seconds, parts):
 
     InputError, and the last checkpoint is kept, when a weight is no longer finite.
     """
-    contents = dict(config=vars(cfg), step=step, seconds=seconds)
-    contents["peak_memory_mib"] = peak_memory()
+    contents = dict(config=vars(cfg), step=step, seconds=seconds, peak_memory_mib=peak_memory())
     for name, part in parts.items():
         contents[name] = part.state_dict()
         for weight in contents[name].values():
@@ -538,7 +533,7 @@ def save_checkpoint(path, cfg, step, seconds, parts):
 
 
 def restore(path, parts):
-    """Puts a checkpoint, if there is one, into the parts; returns its steps and seconds."""
+    """Puts a checkpoint, if there is one, into the parts. Returns its steps and seconds."""
     if not path.exists():
         return 0, 0.0
     contents = load_checkpoint(path, **parts)
@@ -549,11 +544,9 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     """A checkpoint's contents; the states named in `parts` are put into these. InputError."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: has this run been trained?") from None
     except (OSError, EOFError, ValueError, RuntimeError, LookupError,
             pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged ({error}): train this run anew") from error
+        raise InputError(f"{path} is missing or damaged ({error}): train this run") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
@@ -597,11 +590,7 @@ def config_of(run: dict) -> Config:
 
 def machine(device, script, argv):
     """What results depend on beside the configuration. Folders are left out of the command."""
-    words = ["python", script]
-    for word in argv:
-        flag, equals, value = word.rpartition("=")
-        value = Path(value).name if os.path.isabs(value) else value
-        words.append(flag + equals + value)
+    words = [re.sub(r"(^|=)(/|[A-Z]:).*[/\\]", r"\1", word) for word in argv]
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -609,7 +598,7 @@ def machine(device, script, argv):
         commit = ""
     gpu = device.type == "cuda"
     return dict(
-        command=" ".join(words),
+        command=" ".join(["python", script, *words]),
         commit=commit or "unknown",
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if gpu else device.type,
@@ -621,8 +610,7 @@ def machine(device, script, argv):
 def peak_memory():
     """In MiB: of the process (not on Windows) and of its GPU."""
     peak = {}
-    if sys.platform != "win32":
-        import resource
+    if fcntl:
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
     if torch.cuda.is_initialized():
@@ -634,7 +622,7 @@ def peak_memory():
 
 def claim(folder, resume):
     """Makes the run folder; returns its log, locked as long as it is open. InputError."""
-    if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+    if not resume and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
                          "--out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -647,29 +635,21 @@ def claim(folder, resume):
     return log
 
 
-def check_resumed(folder, cfg, ds):
+def check_resumed(folder, cfg, run, ds):
     """InputError when the data is another, or the checkpoints do not belong together."""
-    if read_run(folder)["data"]["checksum"] != ds.checksum():
+    if run["data"]["checksum"] != ds.checksum():
         raise InputError(f"{folder} was trained on other images than those of {ds.name}")
     if not (folder / "model.pt").exists():
         return
     if not (folder / "vae.pt").exists():
-        raise InputError(f"{folder} has lost its vae.pt, without which model.pt is of no use: put "
-                         "it back, or start anew")
+        raise InputError(f"{folder} has lost its vae.pt, without which model.pt is of no use")
     step = load_checkpoint(folder / "model.pt")["step"]
     if step > cfg.steps:
         raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
 
 
-def check_first_stage(folder):
-    """InputError when another run's first stage cannot be used."""
-    first = load_checkpoint(Path(folder) / "vae.pt")
-    if first["step"] < first["config"]["vae_steps"]:
-        raise InputError(f"{folder} has not finished its first stage: --resume it first")
-
-
 def prepare(cfg, resume, facts):
-    """Opens the data, fills a new run folder or checks the one to go on with. InputError.
+    """Fills a new run folder or checks the one to go on with. InputError.
 
     Returns the data and the log, to be kept open.
     """
@@ -677,12 +657,14 @@ def prepare(cfg, resume, facts):
     ds = open_dataset(cfg.data, cfg.cache)
     copied = cfg.vae and not (folder / "vae.pt").exists()
     if copied:
-        check_first_stage(cfg.vae)
+        first = load_checkpoint(Path(cfg.vae) / "vae.pt")
+        if first["step"] < first["config"]["vae_steps"]:
+            raise InputError(f"{cfg.vae} has not finished its first stage: --resume it first")
     log = claim(folder, resume)
     run = {"machine": facts}  # where it was started
     if resume:
-        check_resumed(folder, cfg, ds)
         run = read_run(folder)
+        check_resumed(folder, cfg, run, ds)
     if copied:
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
     run["config"] = vars(cfg)
@@ -702,8 +684,6 @@ def check_device(cfg, device):
         raise InputError("batch norm needs two images per process, or smaller --encoder-strides")
     if cfg.cuda_graphs and (device.type != "cuda" or processes > 1):
         raise InputError("CUDA graphs need one GPU: give --no-cuda-graphs")
-    if cfg.precision == "bfloat16" and not torch.amp.is_autocast_available(device.type):
-        raise InputError(f"this torch has no bfloat16 on {device.type}: use --precision float32")
 
 
 def main(argv: list[str] | None = None, score: Callable | None = None) -> str:

@@ -364,7 +364,7 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
     cuts = [len(whole) * i // 12 for i in range(12)]
     for content in (*(whole[:cut] for cut in cuts), b"no checkpoint"):
         (folder / "model.pt").write_bytes(content)
-        with pytest.raises(InputError, match="model.pt is damaged"):
+        with pytest.raises(InputError, match="model.pt is missing or damaged"):
             train.main(["--resume", str(folder)])
     other = Path(run("other", "--tokens 7"))
     (folder / "model.pt").write_bytes((other / "model.pt").read_bytes())
