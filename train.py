@@ -477,7 +477,6 @@ class Log:
         self.started = self.saved - seconds  # as if it had never stopped
         self.is_first = ranks()[0] == 0  # the process that writes
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=not self.is_first)
-        self.shown = {}  # beside the bar
 
     def add(self, loss):
         """Counts a step with its loss; returns whether to save now.
@@ -501,8 +500,7 @@ class Log:
 
     def write(self, **values):
         """Adds a line with these values, and shows them beside the bar."""
-        self.shown.update(values)
-        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.set_postfix(values, refresh=False)
         if self.is_first and values:
             line = dict(stage=self.stage, step=self.step, seconds=self.seconds(), **values)
             with open(self.path, "a") as file:
