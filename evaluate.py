@@ -292,7 +292,6 @@ class Run:
         second = train.load_checkpoint(Path(folder) / "model.pt", **parts)
         self.step = second["step"]
         self.info["seconds"] = {"vae": first["seconds"], "tokens": second["seconds"]}
-        self.info["peak_memory_mib"] = second["peak_memory_mib"]
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)

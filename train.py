@@ -29,8 +29,7 @@ from pathlib import Path
 
 try:
     import fcntl  # to lock a run folder
-    import resource
-except ImportError:  # Windows has neither
+except ImportError:  # Windows has none
     fcntl = None
 
 import torch
@@ -520,7 +519,7 @@ def save_checkpoint(path, cfg, step, seconds, parts):
 
     InputError, and the last checkpoint is kept, when a weight is no longer finite.
     """
-    contents = dict(config=vars(cfg), step=step, seconds=seconds, peak_memory_mib=peak_memory())
+    contents = dict(config=vars(cfg), step=step, seconds=seconds)
     for name, part in parts.items():
         contents[name] = part.state_dict()
         for weight in contents[name].values():
@@ -603,17 +602,6 @@ def machine(device, script, argv):
         threads=torch.get_num_threads(),
         processes=ranks()[1],
     )
-
-
-def peak_memory():
-    """In MiB: of the process (not on Windows) and of its GPU."""
-    peak = {}
-    if fcntl:
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        peak["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-    if torch.cuda.is_initialized():
-        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    return peak
 
 
 # ---- the run ----

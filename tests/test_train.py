@@ -130,7 +130,6 @@ def test_a_run_writes_what_it_says(run):
         assert checkpoint["config"]["tokens"] == 5
         assert checkpoint["step"] == step
         assert checkpoint["seconds"] > 0
-        assert checkpoint["peak_memory_mib"]["process"] > 50
     run = read_run(folder)
     assert run["data"]["images"] == 40
     assert {"command", "commit", "torch", "device", "threads"} <= set(run["machine"])
