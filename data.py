@@ -31,7 +31,7 @@ UNREADABLE = (  # what Pillow, h5py and numpy raise for damaged files
 
 # ---- 1. The interface ----
 
-class InputError(ValueError):
+class InputError(Exception):
     """A user's mistake, in one sentence."""
 
 
@@ -107,8 +107,6 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
                 return open_arrays(path, cache, file, read_npz)
         with h5py.File(path) as file:
             return open_arrays(path, cache, file, read_hdf5)
-    except InputError:
-        raise
     except UNREADABLE as error:
         raise InputError(f"cannot unpack {path} ({error}): it must be a folder, .npz or HDF5 file, "
                          "undamaged; name a --cache if nothing can be written beside it") from error
@@ -201,7 +199,7 @@ def open_arrays(path, cache, file, read):
             labels = file[key][:]  # (n, K)
     title, names, sizes = find_factors(path, shape[0], labels)
     ds = CachedDataset(path, cache, [path], shape, blocks)
-    ds.name = title or path.name
+    ds.name = title or ds.name
     ds.factor_names, ds.factor_sizes = names, sizes
     return ds
 

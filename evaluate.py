@@ -104,9 +104,7 @@ def dci_scores(z, y, points=(10000, 5000)):
     return dci(z[fit], y[fit], z[test], y[test])
 
 
-def factor_vae_score(
-    z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5000)
-) -> float:
+def factor_vae_score(z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5000)) -> float:
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
     64 points that share a factor's value vote for the code that varies least, relative to its

@@ -404,16 +404,17 @@ def choose_device(name: str) -> torch.device:
 
     Processes do not share an Apple GPU. InputError.
     """
-    process = os.environ.get("LOCAL_RANK", "0")
-    apple = torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ
-    count = {"cuda": torch.cuda.device_count(), "mps": int(apple), "cpu": 1}
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ:
+        devices.append("mps")
+    devices.append("cpu")
     if name == "auto":
-        name = next(kind for kind in count if count[kind])
-    kind, _, number = name.partition(":")
-    number = number or (process if kind == "cuda" else "0")
-    if not number.isdecimal() or int(number) >= count.get(kind, 0):
+        name = devices[0].removesuffix(":0")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in devices:
         raise InputError(f"--device {name} is not available here: try cpu")
-    return torch.device(f"cuda:{number}" if kind == "cuda" else kind)
+    return torch.device(name)
 
 
 def allow_tf32(on: bool):
@@ -586,7 +587,7 @@ def config_of(run: dict) -> Config:
 
 
 def machine(device, script, argv):
-    """What results depend on beside the configuration. Folders are left out of the command."""
+    """What results depend on beside the configuration. The command names no folders."""
     words = [re.sub(r"(^|=)(/|[A-Z]:).*[/\\]", r"\1", word) for word in argv]
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -609,8 +610,7 @@ def machine(device, script, argv):
 def claim(folder, resume):
     """Makes the run folder; returns its log, locked as long as it is open. InputError."""
     if not resume and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
-                         "--out")
+        raise InputError(f"{folder} is in use: go on with --resume, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
     if fcntl:
@@ -661,7 +661,7 @@ def prepare(cfg, resume, facts):
 
 
 def check_device(cfg, device):
-    """InputError when this device or so many processes cannot do what is asked for."""
+    """InputError when device or processes cannot do what is asked for."""
     processes = ranks()[1]
     if cfg.batch_size % processes or cfg.vae_batch_size % processes:
         raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
@@ -681,9 +681,9 @@ def main(argv: list[str] | None = None, score: Callable | None = None) -> str:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # torchrun started this process
-        unpacking = datetime.timedelta(hours=3)  # by the first, for which the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=unpacking)
+        hours = datetime.timedelta(hours=3)  # the others wait while the first unpacks
+        dist.init_process_group(backend, timeout=hours)
     rank, processes = ranks()
     check_device(cfg, device)
     log = None
