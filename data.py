@@ -8,6 +8,7 @@ Letters: B batch, K factors, A attributes, n images of a file or folder.
 import colorsys
 import contextlib
 import math
+import pickle
 import re
 import secrets
 import struct
@@ -23,9 +24,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SIDE = 64  # height and width of all images, in pixels
-UNREADABLE = (  # what Pillow, h5py and numpy raise for damaged files
+UNREADABLE = (  # what Pillow, h5py, numpy and torch raise for missing or damaged files
     OSError, EOFError, ValueError, RuntimeError, LookupError, SyntaxError, struct.error, zlib.error,
-    zipfile.BadZipFile, Image.DecompressionBombError,
+    zipfile.BadZipFile, pickle.UnpicklingError, Image.DecompressionBombError,
 )
 
 
@@ -133,7 +134,7 @@ class CachedDataset(Dataset):
         file = Path(cache or path.parent) / f"{path.name}.{state}.cache.npy"
         try:
             self.stored = np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # not there, or cut short
+        except UNREADABLE:  # not there, or cut short
             unpack(file, shape, blocks)
             self.stored = np.load(file, mmap_mode="r")
 

@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import sys
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import train
-from data import Dataset, InputError, atomic, open_dataset
+from data import UNREADABLE, Dataset, InputError, atomic, open_dataset
 from diffusion import Diffusion
 from encoder import ScalarTokens
 
@@ -526,7 +525,7 @@ def score_file(path):
     try:
         arrays = np.load(path)
         z, y = arrays["z"].astype(np.float32), arrays["y"]
-    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
+    except UNREADABLE:
         raise InputError(f"{path} is no .npz of z (n, N) and y (n, K)") from None
     check_codes(z, y)
     result = {"data": {"name": Path(path).name}, "scores": {}}

@@ -18,7 +18,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -37,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Dataset, InputError, atomic, open_dataset
+from data import UNREADABLE, Dataset, InputError, atomic, open_dataset
 from diffusion import SCHEDULES, Diffusion
 from encoder import ENCODERS, ConceptEncoder
 from model import CONDITIONINGS, Decoder, UNet
@@ -542,8 +541,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     """A checkpoint's contents; the states named in `parts` are put into these. InputError."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, LookupError,
-            pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} is missing or damaged ({error}): train this run") from error
     try:
         for name, part in parts.items():
