@@ -425,12 +425,11 @@ def swap(run):
     groups = {f"token {n}": [n] for n in range(run.cfg.tokens)}
     if run.importance is not None:
         groups = dict(zip(run.ds.factor_names, token_groups(run.importance)))
-    blank = torch.ones_like(images[:1])
     rows = {"target, then sources": images}
     for label, group in groups.items():
-        swapped = tokens[1:].clone()
+        swapped = tokens.clone()
         swapped[:, group] = tokens[0, group]
-        rows[label] = torch.cat([blank, run.decode(swapped)]) if len(swapped) else blank
+        rows[label] = run.decode(swapped)
     return grid(rows)
 
 
@@ -589,12 +588,11 @@ def table(results):
     for result in results:
         scores = dict(result["scores"])
         if "swap" in scores:
-            scores["worst_swap"] = scores["swap"]["worst"]
             scores["swap"] = scores["swap"]["mean"]
         settings.setdefault(name_setting(result), []).append(scores)
     width = max(map(len, settings))
     columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
-               "swap", "worst_swap", "tad", "psnr")
+               "swap", "tad", "psnr")
     print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
     for name, runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"
