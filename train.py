@@ -542,7 +542,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise InputError(f"{path} is missing or damaged ({error}): train this run") from error
+        raise InputError(f"cannot read {path} ({error}): put it back, or train anew") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
@@ -620,16 +620,14 @@ def claim(folder, resume):
 
 
 def check_resumed(folder, cfg, run, ds):
-    """InputError when the data is another, or the checkpoints do not belong together."""
+    """InputError when the data is another, or the checkpoints are of no use."""
     if run["data"]["checksum"] != ds.checksum():
         raise InputError(f"{folder} was trained on other images than those of {ds.name}")
-    if not (folder / "model.pt").exists():
-        return
-    if not (folder / "vae.pt").exists():
-        raise InputError(f"{folder} has lost its vae.pt, without which model.pt is of no use")
-    step = load_checkpoint(folder / "model.pt")["step"]
-    if step > cfg.steps:
-        raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
+    if (folder / "model.pt").exists():
+        load_checkpoint(folder / "vae.pt")  # model.pt is of no use without it
+        step = load_checkpoint(folder / "model.pt")["step"]
+        if step > cfg.steps:
+            raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
 
 
 def prepare(cfg, resume, facts):
