@@ -60,7 +60,8 @@ def entropy(p):
 def purity(R):
     """Mean of 1 - entropy over the rows of R, weighted by their sums."""
     weight = R.sum(1) if R.any() else np.ones(len(R))  # this and 1e-11 as the authors
-    return float(np.average(1 - entropy(R + 1e-11) / np.log(R.shape[1]), weights=weight))
+    row_entropy = entropy(R + 1e-11) / np.log(R.shape[1])
+    return float((weight / weight.sum() * (1 - row_entropy)).sum())
 
 
 def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, rounds: int = 100) -> dict:
