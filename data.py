@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The data sets behind one small interface: files, folders of images, and the built-in world.
 
-Cars3D comes as a folder of MATLAB files. With SciPy this turns it into the file read here:
-
-    cars = []
-    for file in sorted(Path("data/cars").glob("car_*_mesh.mat")):
-        views = loadmat(file)["im"].transpose(4, 3, 0, 1, 2).reshape(96, 128, 128, 3)
-        small = [Image.fromarray(view).resize((64, 64), Image.Resampling.LANCZOS) for view in views]
-        cars.append(np.stack([np.asarray(image) for image in small]))
-    np.savez_compressed("cars3d.npz", images=np.stack(cars, 1).reshape(-1, 64, 64, 3))
+README.md has the sources, and the lines that make cars3d.npz of the authors' MATLAB files.
 
 Letters: B batch, K factors, A attributes, n images of a file or folder.
 """
 import colorsys
 import contextlib
 import math
+import pickle
 import re
 import secrets
 import struct
@@ -30,21 +24,21 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SIDE = 64  # height and width of all images, in pixels
-UNREADABLE = (  # what Pillow, h5py and numpy raise for damaged files
+UNREADABLE = (  # what Pillow, h5py, numpy and torch raise for missing or damaged files
     OSError, EOFError, ValueError, RuntimeError, LookupError, SyntaxError, struct.error, zlib.error,
-    zipfile.BadZipFile, Image.DecompressionBombError,
+    zipfile.BadZipFile, pickle.UnpicklingError, Image.DecompressionBombError,
 )
 
 
 # ---- 1. The interface ----
 
-class InputError(ValueError):
+class InputError(Exception):
     """A user's mistake, in one sentence."""
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path of random name, renamed to `path` at the end, removed on errors."""
+    """Yields a temporary path, renamed to `path` at the end, removed on errors."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
@@ -59,7 +53,7 @@ class Dataset:
 
     factor_names, factor_sizes: tuples of length K, empty without factors. With factors, the images
     are all their combinations in order, the last factor varying fastest.
-    attributes: int64 (len, A) of 0 and 1, or None. An index and factors may be lists,
+    attributes: int64 (len, A) of 0 and 1, or None. Indices, 0..len-1, and factors may be lists,
     arrays or tensors.
     """
 
@@ -72,21 +66,21 @@ class Dataset:
         return math.prod(self.factor_sizes)
 
     def pixels(self, index: np.ndarray) -> np.ndarray:
-        """index: (B,) int64 in 0..len-1. Returns uint8 (B, 64, 64, 3)."""
+        """index: int64 array (B,). Returns uint8 (B, 64, 64, 3)."""
         raise NotImplementedError
 
     def checksum(self) -> str:
-        """What tells data sets apart: a checksum of 64 images spread over all."""
+        """Tells data sets apart: of 64 images spread over all."""
         index = np.linspace(0, len(self) - 1, 64).astype(np.int64)
         return f"{zlib.crc32(self.pixels(index).tobytes()):08x}"
 
     def images(self, index) -> torch.Tensor:
-        """index: (B,) in 0..len-1. Returns float32 (B, 3, 64, 64) in [-1, 1]."""
+        """index: (B,). Returns float32 (B, 3, 64, 64) in [-1, 1]."""
         pixels = torch.from_numpy(self.pixels(np.asarray(index)))  # (B, 64, 64, 3)
         return pixels.permute(0, 3, 1, 2) / 127.5 - 1              # (B, 3, 64, 64)
 
     def factors(self, index) -> torch.Tensor:
-        """index: (B,) in 0..len-1. Returns int64 (B, K): each factor's value, 0..size-1."""
+        """index: (B,). Returns int64 (B, K): each factor's value, 0..size-1."""
         values = np.unravel_index(np.asarray(index), self.factor_sizes)  # K times (B,)
         return torch.from_numpy(np.stack(values, axis=1))
 
@@ -114,8 +108,6 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
                 return open_arrays(path, cache, file, read_npz)
         with h5py.File(path) as file:
             return open_arrays(path, cache, file, read_hdf5)
-    except InputError:
-        raise
     except UNREADABLE as error:
         raise InputError(f"cannot unpack {path} ({error}): it must be a folder, .npz or HDF5 file, "
                          "undamaged; name a --cache if nothing can be written beside it") from error
@@ -139,17 +131,18 @@ class CachedDataset(Dataset):
             facts.append((stat.st_dev, stat.st_ino, stat.st_size, changed))
         state = f"{zlib.crc32(repr(facts).encode()):08x}"
         self.name = path.name
-        folder = Path(cache or path.parent)
-        file = folder / f"{path.name}.{state}.cache.npy"
-        if not is_whole(file, shape):
+        file = Path(cache or path.parent) / f"{path.name}.{state}.cache.npy"
+        try:
+            self.stored = np.load(file, mmap_mode="r")
+        except UNREADABLE:  # not there, or cut short
             unpack(file, shape, blocks)
-        self.stored = np.load(file, mmap_mode="r")  # (n, 64, 64, 3) or (n, 64, 64)
+            self.stored = np.load(file, mmap_mode="r")
 
     def __len__(self):
         return len(self.stored)
 
     def pixels(self, index):
-        pixels = np.asarray(self.stored)[index]
+        pixels = np.asarray(self.stored)[index]  # (B, 64, 64, 3) or (B, 64, 64)
         if self.name == "dSprites":  # 0 and 1
             pixels = np.where(pixels > 0, np.uint8(255), np.uint8(0))
         if pixels.ndim == 3:  # grey
@@ -157,19 +150,11 @@ class CachedDataset(Dataset):
         return pixels  # (B, 64, 64, 3)
 
 
-def is_whole(file, shape):
-    """Whether an unpacked file is there and not cut short."""
-    try:
-        return np.load(file, mmap_mode="r").shape == shape
-    except (OSError, ValueError, EOFError):
-        return False
-
-
 def unpack(file, shape, blocks):
-    """Writes blocks of bytes, in all uint8 of this shape, as an .npy file.
+    """Writes blocks of bytes, in all uint8 of this shape, as an .npy file, renamed at the end.
 
-    First under another name. What a killed process left there is overwritten; two processes at a
-    time write the same bytes to the same places.
+    What a killed process left is overwritten; two at a time write the same bytes to the same
+    places.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -213,15 +198,15 @@ def open_arrays(path, cache, file, read):
     for key in ("labels", "latents_classes", "latents/classes"):
         if key in file:
             labels = file[key][:]  # (n, K)
-    found = find_factors(path, shape[0], labels)
+    title, names, sizes = find_factors(path, shape[0], labels)
     ds = CachedDataset(path, cache, [path], shape, blocks)
-    title, ds.factor_names, ds.factor_sizes = found
-    ds.name = title or path.name
+    ds.name = title or ds.name
+    ds.factor_names, ds.factor_sizes = names, sizes
     return ds
 
 
 def read_hdf5(file, key):
-    """Shape and dtype of the images, and blocks of them, read when they are asked for."""
+    """Shape, dtype and blocks of the images, which are read when asked for."""
     images = file[key]
     rows = images.chunks[0] if images.chunks else 1000  # each chunk is decompressed once
     blocks = (images[i:i + rows] for i in range(0, len(images), rows))
@@ -229,7 +214,7 @@ def read_hdf5(file, key):
 
 
 def read_npz(file, key):
-    """The same for an .npz, image by image."""
+    """The same of an .npz, image by image."""
     stream = file.zip.open(f"{key}.npy")
     np.lib.format.read_magic(stream)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -238,7 +223,7 @@ def read_npz(file, key):
 
 
 def find_factors(path, n, labels):
-    """Title, names and sizes of the factors: from labels (n, K) or, if they are empty, from n."""
+    """Title, names and sizes of the factors: from labels (n, K) or, without any, from n."""
     sizes = ()
     for column in labels.T:
         size = len(np.unique(column))
@@ -263,7 +248,7 @@ def open_folder(path, cache):
     """
     files = []
     for file in sorted(path.rglob("*"), key=str):
-        hidden = re.search(r"(^|[/\\])\.", str(file.relative_to(path)))
+        hidden = "/." in f"/{file.relative_to(path).as_posix()}"
         if file.suffix.lower() in SUFFIXES and not hidden:
             files.append(file)
     lists = [*path.glob(ATTRIBUTE_LIST), *path.parent.glob(ATTRIBUTE_LIST)]
@@ -271,9 +256,8 @@ def open_folder(path, cache):
     if lists and all(re.fullmatch("[0-9]{6}", file.stem) for file in files):
         side = 96
         attributes = read_attributes(lists[0])
-        found = len(files)
         files = [file for file in files if file.stem in attributes]
-        print(f"{path}: {len(files)} of {found} images are in {lists[0].name}")
+        print(f"{path}: {len(files)} images are in {lists[0].name}")
     if not files:
         raise InputError(f"{path} has no JPEG, PNG or WebP image (CelebA: in its list)")
     shape = (len(files), SIDE, SIDE, 3)
@@ -286,15 +270,11 @@ def open_folder(path, cache):
 
 
 def read_attributes(file):
-    """From CelebA's list, a count, A names, and lines of an image file and A times 1 or -1.
-
-    Returns a dictionary from a file's name, without suffix, to A times 0 or 1.
-    """
-    _, names, *lines = [*file.read_text("utf-8").split("\n"), ""]
+    """From CelebA's list: a file's name, without suffix, -> A times 0 or 1."""
     attributes = {}
-    for line in lines:
+    for line in file.read_text("utf-8").splitlines():
         words = line.split()
-        if len(words) == 1 + len(names.split()):  # a line may be cut short
+        if len(words) == 41:  # a file and 40 times 1 or -1; the last line may be cut short
             attributes[Path(words[0]).stem] = [int(word == "1") for word in words[1:]]
     return attributes
 
@@ -303,7 +283,7 @@ def load_image(file, side):
     """Resizes the shorter side to `side` and crops the centre: uint8 (64, 64, 3)."""
     try:
         image = ImageOps.exif_transpose(Image.open(file))  # as the camera was held
-        if image.mode.startswith("I"):  # grey, 16 bits
+        if image.mode.startswith("I"):  # 16 bits
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         image = image.convert("RGB")
     except UNREADABLE as error:
@@ -468,9 +448,6 @@ class World(Dataset):
     name = "built-in world"
     factor_names, factor_sizes = GRIDS[0][1:]
 
-    def checksum(self):
-        return self.name  # another machine may round a pixel differently
-
     def __init__(self):
         weights = np.empty((8, 4, 15, 5, SIDE ** 2), np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):  # rays that miss
@@ -483,6 +460,9 @@ class World(Dataset):
         hues = [colorsys.hsv_to_rgb(k / 10, 1, 1) for k in range(10)]
         self.hues = torch.tensor(hues)                   # (10, 3)
         self.sky_white = torch.tensor([SKY, (1, 1, 1)])  # (2, 3)
+
+    def checksum(self):
+        return self.name  # another machine may round a pixel differently
 
     def pixels(self, index):
         hues = self.hues[self.factors(index)[:, :3]]    # (B, 3, 3): surface, colour

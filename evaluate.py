@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import sys
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import train
-from data import Dataset, InputError, atomic, open_dataset
+from data import UNREADABLE, Dataset, InputError, atomic, open_dataset
 from diffusion import Diffusion
 from encoder import ScalarTokens
 
@@ -44,28 +43,24 @@ def check_codes(z, y):
     if not np.isfinite(z).all() or (y != y).any():  # only NaN differs from itself
         raise InputError("there are NaN or infinite codes or factors")
     classes = np.empty(y.shape, np.int64)
-    for k in range(y.shape[1]):
-        values, classes[:, k], count = np.unique(y[:, k], return_inverse=True, return_counts=True)
-        if not 2 <= len(values) <= len(y) / 2:
-            raise InputError(f"factor {k} has {len(values)} values in {len(y)} points: it is "
-                             "constant or continuous")
-        if len(y) - count.max() < FEW:
-            raise InputError(f"factor {k} has one value in all but {len(y) - count.max()} of "
-                             f"{len(y)} points: too few to score it")
+    for k, column in enumerate(y.T):
+        values, classes[:, k], count = np.unique(column, return_inverse=True, return_counts=True)
+        if len(values) > len(y) / 2 or len(y) - count.max() < FEW:
+            raise InputError(f"factor {k} has {len(values)} values in {len(y)} points, one of them "
+                             f"{count.max()} times: it is constant, nearly so, or continuous")
     return z.astype(np.float32), classes
 
 
 def entropy(p):
     """Entropy of each row of p, scaled to sum 1: (rows,)."""
     p = p / p.sum(1, keepdims=True)
-    logarithm = np.log(np.maximum(p, 1e-300))  # 0 log 0 = 0
-    return -(p * logarithm).sum(1)
+    return -(p * np.log(np.maximum(p, 1e-300))).sum(1)  # 0 log 0 = 0
 
 
 def purity(R):
     """Mean of 1 - entropy over the rows of R, weighted by their sums."""
-    weight = R.sum(1) if R.any() else np.ones(len(R))  # no importance at all: as the authors
-    row_entropy = entropy(R + 1e-11) / np.log(R.shape[1])  # 1e-11 is the authors'
+    weight = R.sum(1) if R.any() else np.ones(len(R))  # this and 1e-11 as the authors
+    row_entropy = entropy(R + 1e-11) / np.log(R.shape[1])
     return float((weight / weight.sum() * (1 - row_entropy)).sum())
 
 
@@ -73,7 +68,7 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, rounds: in
     """Disentanglement, completeness and informativeness (Eastwood and Williams 2018), [0, 1].
 
     Gradient-boosted trees, grown in so many rounds, predict each factor from all codes. Also
-    returns accuracy (K,) and importance (N, K).
+    returns, as lists, accuracy (K,) and importance (N, K).
     """
     n = len(z_train)
     check_codes(z_train, y_train)  # a class may be rare there
@@ -96,32 +91,29 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, rounds: in
         "completeness": purity(R.T),
         "informativeness_test": float(right[n:].mean()),
         "accuracy": right[n:].mean(0).tolist(),
-        "importance": R,
+        "importance": R.tolist(),
     }
 
 
 def dci_scores(z, y, points=(10000, 5000)):
-    """dci of training and test points drawn without replacement, in types for JSON."""
+    """dci of training and test points drawn without replacement."""
     if len(z) < sum(points):
         raise InputError(f"DCI needs {sum(points)} points, {len(z)} are there")
     rows = np.random.default_rng(0).choice(len(z), sum(points), replace=False)
     fit, test = rows[:points[0]], rows[points[0]:]
-    scores = dci(z[fit], y[fit], z[test], y[test])
-    return {**scores, "importance": scores["importance"].tolist()}
+    return dci(z[fit], y[fit], z[test], y[test])
 
 
-def factor_vae_score(
-    z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5000), min_std: float = 0.05
-) -> float:
+def factor_vae_score(z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5000)) -> float:
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
     64 points that share a factor's value vote for the code that varies least, relative to its
-    deviation over 10,000 points; those < min_std are pruned. votes: to learn from, to predict.
+    deviation over 10,000 points; those < 0.05 are pruned. votes: to learn from, to predict.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
     std = z[rng.choice(len(z), min(10000, len(z)), replace=False)].std(0)
-    kept = std >= min_std
+    kept = std >= 0.05
     if not kept.any():
         return 0.0
     z = z[:, kept] / std[kept]
@@ -145,10 +137,9 @@ def mig(z: Array, y: Array) -> float:
     z, y = check_codes(z, y)
     rows = np.random.default_rng(0).choice(len(z), min(10000, len(z)), replace=False)
     z, y = check_codes(z[rows], y[rows])  # a class may be rare there
-    z = z.astype(np.float64)
     n, N = z.shape
     n_bins = 20
-    z = z - z.min(0)
+    z = z.astype(np.float64) - z.min(0)
     top = np.where(z.max(0) > 0, z.max(0), 1)
     bins = np.minimum(z / top * n_bins, n_bins - 1).astype(np.int64)  # (n, N)
     gaps = []
@@ -164,11 +155,11 @@ def mig(z: Array, y: Array) -> float:
     return float(np.mean(gaps))
 
 
-def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2) -> dict:
+def tad(z: Array, y: Array, max_share: float = 0.2) -> dict:
     """TAD (Yeats et al. 2022): how far an attribute's best code is ahead of the second, summed.
 
     y: attributes (n, A) of two values. A code's quality is the area under its ROC curve. Attributes
-    count if their best area is >= auc_threshold and no other tells > max_share of their entropy.
+    count if their best area is >= 0.75 and no other tells > max_share of their entropy.
     """
     first = (y == y[:1]).sum(0)
     varies = np.minimum(first, len(y) - first) >= FEW  # one value has no area
@@ -178,11 +169,9 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
     n_1 = a.sum(0)  # (A,), of ones
     n_0 = len(a) - n_1
     rank = np.empty(z.shape)  # (n, N), 1..n
-    for j in range(z.shape[1]):
-        ascending = np.sort(z[:, j])
-        below = np.searchsorted(ascending, z[:, j])
-        up_to = np.searchsorted(ascending, z[:, j], "right")
-        rank[:, j] = (below + up_to + 1) / 2  # ties share their mean rank
+    for j, code in enumerate(z.T):
+        _, place, count = np.unique(code, return_inverse=True, return_counts=True)
+        rank[:, j] = (count.cumsum() - (count - 1) / 2)[place]  # ties share their mean rank
     area = (rank.T @ a - n_1 * (n_1 + 1) / 2) / (n_1 * n_0)  # (N, A), Mann and Whitney's U
     area = np.maximum(area, 1 - area)
     chance = np.full((1, a.shape[1]), 0.5)  # for N = 1
@@ -192,14 +181,15 @@ def tad(z: Array, y: Array, auc_threshold: float = 0.75, max_share: float = 0.2)
     H = entropy(np.stack([n_1, n_0], axis=1))
     information = H[:, None] + H - entropy(joint.reshape(-1, 4)).reshape(len(H), -1)
     np.fill_diagonal(information, 0)
-    counted = (best >= auc_threshold) & (information.max(1) <= max_share * H)
+    counted = (best >= 0.75) & (information.max(1) <= max_share * H)
     return {"tad": float((best - second)[counted].sum()), "attributes": int(counted.sum())}
 
 
-def token_owners(importance):
-    """(N, K) -> (N,): the factor of a token's largest importance, -1 if all are 0."""
+def token_groups(importance):
+    """(N, K) -> for each factor the tokens whose largest importance it has, if any."""
     importance = np.array(importance)
-    return np.where(importance.any(1), importance.argmax(1), -1)
+    owner = np.where(importance.any(1), importance.argmax(1), -1)  # (N,)
+    return [np.flatnonzero(owner == k) for k in range(importance.shape[1])]
 
 
 def nearest_factors(ds, images, wanted):
@@ -229,11 +219,12 @@ def swap_accuracy(
     pairs: number of them per factor. Returns three shares of the pairs under each factor's name:
     exact (the nearest image is the wanted one), moved (it is right in this factor), kept (it is
     right in all others); the mean and worst exact; and as reconstruction what is exact unswapped.
+    InputError without importance.
     """
-    sizes = np.array(ds.factor_sizes, np.int64)
+    sizes = np.array(ds.factor_sizes)
     if importance is None:
         raise InputError("swaps need DCI's importance")
-    owner = token_owners(importance)
+    groups = token_groups(importance)
     rng = np.random.default_rng(0)
     sources = rng.integers(sizes, size=(pairs, len(sizes)))  # factors, (pairs, K)
     tokens = encode(ds.images(ds.index(sources)))  # (pairs, N, D)
@@ -244,15 +235,13 @@ def swap_accuracy(
         targets[:, k] = (sources[:, k] + step) % sizes[k]
         wanted = sources.copy()
         wanted[:, k] = targets[:, k]
-        group = np.flatnonzero(owner == k).tolist()
         swapped = tokens.clone()
-        swapped[:, group] = encode(ds.images(ds.index(targets)))[:, group]
+        swapped[:, groups[k]] = encode(ds.images(ds.index(targets)))[:, groups[k]]
         right = nearest_factors(ds, decode(swapped), wanted) == wanted  # (pairs, K)
-        others = np.delete(right, k, axis=1)
         scores[name] = {
             "exact": float(right.all(1).mean()),
             "moved": float(right[:, k].mean()),
-            "kept": float(others.all(1).mean()),
+            "kept": float(np.delete(right, k, axis=1).all(1).mean()),
         }
     exact = [score["exact"] for score in scores.values()]
     scores["mean"] = float(np.mean(exact))
@@ -267,14 +256,16 @@ def swap_accuracy(
 def kept_scores(folder):
     """What scores.json in a folder holds, {} without one. InputError."""
     path = Path(folder) / "scores.json"
-    keys = {"data", "scores", "step"}
-    return train.read_json(path, keys, "remove it to score anew") if path.exists() else {}
+    if not path.exists():
+        return {}
+    keys = {"data", "scores", "step", "ddim_steps"}
+    return train.read_json(path, keys, "remove it to score anew")
 
 
 class Run:
-    """A finished run: its data, its networks (the U-Net's moving average), frozen.
+    """A finished run: its data, its networks (the U-Net's moving average), frozen. InputError.
 
-    data: where its data is now; out: where results go; device, cache. Empty: the run's. InputError.
+    data: where its data is now; out: where results go; device, cache. Empty: the run's.
     """
 
     def __init__(
@@ -299,7 +290,6 @@ class Run:
         second = train.load_checkpoint(Path(folder) / "model.pt", **parts)
         self.step = second["step"]
         self.info["seconds"] = {"vae": first["seconds"], "tokens": second["seconds"]}
-        self.info["peak_memory_mib"] = second["peak_memory_mib"]
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)
@@ -338,14 +328,15 @@ class Run:
 def compute_codes(encoder, ds, index):
     """One number per token, (n, N): its scalar, else its first principal component."""
     device = next(encoder.parameters()).device
-    is_scalar = isinstance(encoder.head, ScalarTokens)
-    network = encoder.scalars if is_scalar else encoder
+    network = encoder.scalars if isinstance(encoder.head, ScalarTokens) else encoder
     codes = []
     for start in tqdm(range(0, len(index), 500), "codes", leave=False):
         images = ds.images(index[start:start + 500]).to(device)
         codes.append(network(images).cpu())
     codes = torch.cat(codes)  # (n, N) or (n, N, D)
-    return codes.numpy() if is_scalar else principal_components(codes).numpy()
+    if codes.ndim == 3:
+        codes = principal_components(codes)
+    return codes.numpy()
 
 
 def score_on_the_way(encoder, ds):
@@ -367,12 +358,9 @@ def score_on_the_way(encoder, ds):
 
 def principal_components(tokens):
     """The first principal component of each token: (n, N, D) -> (n, N)."""
-    components = []
-    for x in tokens.unbind(1):  # (n, D)
-        x = x - x.mean(0)
-        direction = torch.linalg.eigh(x.t() @ x).eigenvectors[:, -1]
-        components.append(x @ direction)
-    return torch.stack(components, dim=1)
+    x = (tokens - tokens.mean(0)).transpose(0, 1)           # (N, n, D)
+    vectors = torch.linalg.eigh(x.mT @ x).eigenvectors      # (N, D, D), ascending
+    return (x @ vectors[:, :, -1:]).squeeze(2).t()          # (n, N)
 
 
 # ---- figures: each returns a sheet ----
@@ -382,16 +370,16 @@ TARGET = 2  # a seed: in the built-in world its first image has three different 
 
 
 def grid(rows):
-    """One sheet. rows: label -> (columns, 3, H, W) in [-1, 1]."""
-    columns, _, H, W = next(iter(rows.values())).shape
+    """One sheet. rows: label -> (columns, 3, 64, 64) in [-1, 1]."""
     left = math.ceil(max(map(FONT.getlength, rows))) + 8
-    sheet = Image.new("RGB", (left + columns * W, len(rows) * H), "white")
+    width = left + 64 * len(next(iter(rows.values())))
+    sheet = Image.new("RGB", (width, 64 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (label, row) in enumerate(rows.items()):
-        pen.text((left - 4, (i + 0.5) * H), label, "black", FONT, anchor="rm")
-        strip = torch.cat(list(row), dim=2).permute(1, 2, 0)  # (H, columns * W, 3)
+        pen.text((left - 4, 64 * i + 32), label, "black", FONT, anchor="rm")
+        strip = torch.cat(list(row), dim=2).permute(1, 2, 0)  # (64, columns * 64, 3)
         pixels = ((strip.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-        sheet.paste(Image.fromarray(pixels.numpy()), (left, i * H))
+        sheet.paste(Image.fromarray(pixels.numpy()), (left, 64 * i))
     return sheet
 
 
@@ -399,20 +387,22 @@ def used_tokens(run):
     """Label -> token, factor by factor, of importance >= 0.02; all if there is none."""
     used = {}
     if run.importance is not None:
-        owner = token_owners(run.importance)
-        for n in owner.argsort(kind="stable").tolist():
-            weight = run.importance[n][owner[n]]
-            if weight >= 0.02:
-                used[f"token {n}: {run.ds.factor_names[owner[n]]} {weight:.2f}"] = n
+        for k, group in enumerate(token_groups(run.importance)):
+            for n in group:
+                weight = run.importance[n][k]
+                if weight >= 0.02:
+                    used[f"token {n}: {run.ds.factor_names[k]} {weight:.2f}"] = n
     return used or {f"token {n}": n for n in range(run.cfg.tokens)}
 
 
 def reconstruction(run):
     """From the autoencoder alone, and from tokens."""
     images = run.images(10, seed=1)
-    autoencoder = run.vae.decode(run.vae.encode(images))
-    decoded = run.decode(run.encode(images))
-    return grid({"image": images, "autoencoder": autoencoder, "from tokens": decoded})
+    return grid({
+        "image": images,
+        "autoencoder": run.vae.decode(run.vae.encode(images)),
+        "from tokens": run.decode(run.encode(images)),
+    })
 
 
 def target_and_sources(run):
@@ -428,22 +418,19 @@ def target_and_sources(run):
 
 
 def swap(run):
-    """A target and sources, then rows in which tokens are the target's: all of one factor's, those
-    whose largest importance it has; without importance each token by itself.
+    """A target and sources, then rows in which all tokens of a factor, without importance each
+    token by itself, are the target's.
     """
     images = target_and_sources(run)
     tokens = run.encode(images)
     groups = {f"token {n}": [n] for n in range(run.cfg.tokens)}
     if run.importance is not None:
-        owner = token_owners(run.importance)
-        names = enumerate(run.ds.factor_names)
-        groups = {name: np.flatnonzero(owner == k).tolist() for k, name in names}
-    blank = torch.ones_like(images[:1])
+        groups = dict(zip(run.ds.factor_names, token_groups(run.importance)))
     rows = {"target, then sources": images}
     for label, group in groups.items():
-        swapped = tokens[1:].clone()
+        swapped = tokens.clone()
         swapped[:, group] = tokens[0, group]
-        rows[label] = torch.cat([blank, run.decode(swapped)]) if len(swapped) else blank
+        rows[label] = run.decode(swapped)
     return grid(rows)
 
 
@@ -462,7 +449,7 @@ def traversal(run):
 def attention(run):
     """One row per used token: images, bright where cross attention reads it at t = 500.
 
-    The mean over blocks and heads; each row is divided by its own largest value.
+    The sum over blocks and mean over heads; each row is divided by its own largest value.
     """
     images = run.images(10, seed=4)
     x_0 = run.vae.encode(images)
@@ -491,11 +478,10 @@ FIGURES = {  # and the configuration each needs
 
 
 def draw(run, names):
-    """Draws these figures into run.out, or all that this run can have."""
+    """Draws these figures into run.out, or all that this run can have. InputError."""
     for name in names or FIGURES:
         figure, needs = FIGURES[name]
-        can = needs.items() <= vars(run.cfg).items()
-        if can:
+        if needs.items() <= vars(run.cfg).items():
             figure(run).save(run.out / f"{name}.png")
             print(f"drew {run.out / name}.png", file=sys.stderr)
         elif names:
@@ -510,16 +496,19 @@ OF_FACTORS = dict(dci=dci_scores, factor_vae=factor_vae_score, mig=mig)
 def psnr(run):
     """In dB, of the mean squared error: from tokens, and by the autoencoder alone."""
     images = run.images(256, seed=1)
-    autoencoder = run.vae.decode(run.vae.encode(images)).clamp(-1, 1)
+    decoded = {
+        "psnr_autoencoder": run.vae.decode(run.vae.encode(images)).clamp(-1, 1),
+        "psnr": run.decode(run.encode(images)),
+    }
     scores = {}
-    for key, x in (("psnr_autoencoder", autoencoder), ("psnr", run.decode(run.encode(images)))):
+    for key, x in decoded.items():
         mse = F.mse_loss(x, images).item() / 4  # of [-1, 1], so twice as wide
         scores[key] = -10 * math.log10(max(mse, 1e-10))
     return scores
 
 
 def add_scores(result, name, metric, *inputs):
-    """Adds what the metric returns to the result, or prints its refusal."""
+    """Adds what the metric returns to the result, or prints why not."""
     print(f"{name} ..", file=sys.stderr)
     try:
         scores = metric(*inputs)
@@ -532,11 +521,11 @@ def add_scores(result, name, metric, *inputs):
 
 
 def score_file(path):
-    """Scores of the arrays z (n, N) and y (n, K) in an .npz file."""
+    """Scores of the arrays z (n, N) and y (n, K) in an .npz file. InputError."""
     try:
         arrays = np.load(path)
         z, y = arrays["z"].astype(np.float32), arrays["y"]
-    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
+    except UNREADABLE:
         raise InputError(f"{path} is no .npz of z (n, N) and y (n, K)") from None
     check_codes(z, y)
     result = {"data": {"name": Path(path).name}, "scores": {}}
@@ -549,9 +538,17 @@ def score_run(run, n, argv):
     """Scores n images (0: all). Writes scores.json, which it returns, codes.npz and two figures."""
     index = np.sort(run.rows(n or len(run.ds)))
     z, y = compute_codes(run.encoder, run.ds, index), np.empty((len(index), 0))
-    data = dict(name=run.ds.name, factors=run.ds.factor_names, checksum=run.ds.checksum())
-    result = {"scores": {}, "step": run.step, "data": data}
-    result.update(images=len(index), ddim_steps=run.ddim_steps)
+    for place in ("data", "cache", "out", "vae"):  # of this machine
+        del run.info["config"][place]
+    result = dict(
+        scores={},
+        step=run.step,
+        data=dict(name=run.ds.name, factors=run.ds.factor_names, checksum=run.ds.checksum()),
+        images=len(index),
+        ddim_steps=run.ddim_steps,
+        machine=train.machine(run.device, "evaluate.py", argv),
+        run=run.info,
+    )
     if run.ds.factor_names:
         y = run.ds.factors(index).numpy()
         for name, metric in OF_FACTORS.items():
@@ -562,9 +559,6 @@ def score_run(run, n, argv):
         y = run.ds.attributes[index]
         add_scores(result, "tad", tad, z, y)
     add_scores(result, "psnr", psnr, run)
-    for place in ("data", "cache", "out", "vae"):  # of this machine
-        del run.info["config"][place]
-    result.update(machine=train.machine(run.device, "evaluate.py", argv), run=run.info)
     draw(run, ["reconstruction", "swap"])
     with atomic(run.out / "codes.npz") as temporary:
         np.savez(temporary, z=z, y=y)
@@ -573,19 +567,19 @@ def score_run(run, n, argv):
 
 
 def name_setting(result):
-    """The data, and what differs from the configuration of the preset."""
+    """The data, and what differs from the preset. InputError: a run of another version."""
     data = result["data"]
     name = data["name"]
     if data.get("checksum", name) != name:
         name += f" ({data['checksum']})"
     if "run" in result:
-        cfg = {**vars(train.config_of(result["run"])), "steps": result["step"]}  # taken
+        cfg = vars(train.config_of(result["run"])) | {"steps": result["step"]}  # taken
         usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
         for key in sorted(cfg.keys() - {"seed", "device", "cuda_graphs"}):
             if cfg[key] != usual[key]:
                 name += f", {key} {cfg[key]}"
-    if result.get("ddim_steps", DDIM_STEPS) != DDIM_STEPS:
-        name += f", ddim_steps {result['ddim_steps']}"
+        if result["ddim_steps"] != DDIM_STEPS:
+            name += f", ddim_steps {result['ddim_steps']}"
     return name
 
 
@@ -595,12 +589,11 @@ def table(results):
     for result in results:
         scores = dict(result["scores"])
         if "swap" in scores:
-            scores["worst_swap"] = scores["swap"]["worst"]
             scores["swap"] = scores["swap"]["mean"]
         settings.setdefault(name_setting(result), []).append(scores)
     width = max(map(len, settings))
     columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
-               "swap", "worst_swap", "tad", "psnr")
+               "swap", "tad", "psnr")
     print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
     for name, runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"
@@ -640,7 +633,7 @@ def parse(argv):
 
 
 def main(argv: list | None = None) -> list:
-    """Scores runs or codes, or draws figures; returns the results. InputError."""
+    """Scores runs or codes, or draws figures. Returns the results. InputError."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     several = len(args.runs) > 1
@@ -660,7 +653,7 @@ def main(argv: list | None = None) -> list:
                     draw(run, args.figures)
                     continue
                 result = score_run(run, args.images, argv)
-            name_setting(result)  # InputError: another version
+            name_setting(result)  # an InputError here leaves it out
             results.append(result)
         except InputError as error:
             if not several:

@@ -11,7 +11,6 @@ log.jsonl, vae.pt (first stage), model.pt (token encoder, U-Net and its average)
 Letters: B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -19,7 +18,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -38,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Dataset, InputError, atomic, open_dataset
+from data import UNREADABLE, Dataset, InputError, atomic, open_dataset
 from diffusion import SCHEDULES, Diffusion
 from encoder import ENCODERS, ConceptEncoder
 from model import CONDITIONINGS, Decoder, UNet
@@ -150,8 +148,8 @@ def parse(argv):
     if folder:
         return resumed(folder, given), True
     if given.get("vae"):
-        given.update(first_stage_of(given["vae"], given))
-    cfg = Config(**{**PRESETS[given.get("preset", "small")], **given})
+        given |= first_stage_of(given["vae"], given)
+    cfg = Config(**PRESETS[given.get("preset", "small")] | given)
     if not cfg.out:
         name = Path(cfg.data).stem or "world"
         cfg.out = os.path.abspath(f"runs/{name}-{cfg.preset}-{cfg.seed}")
@@ -159,36 +157,34 @@ def parse(argv):
 
 
 def resumed(folder, given):
-    """The configuration of a run to go on with, and the flags that may change in it."""
+    """The configuration of a run to go on with, some of whose flags may change."""
     cfg = config_of(read_run(folder))
-    wrong = set(given) - {"steps", "device", "data", "cache", "cuda_graphs"}
+    free = {"steps", "device", "data", "cache", "cuda_graphs"}
     if cfg.decay == "cosine":  # the learning rate, a function of steps, would jump
-        wrong |= set(given) & {"steps"}
-    if wrong:
-        raise taken("--resume", wrong)
+        free.remove("steps")
+    refuse("--resume", given.keys() - free)
     return dataclasses.replace(cfg, out=folder, **given)
 
 
-def taken(flag, names):
-    """For flags beside one that takes them from a run."""
-    names = ", ".join(sorted(names)).replace("_", "-")
-    return InputError(f"{flag} takes {names} from the run: leave it out")
+def refuse(flag, names):
+    """InputError if flags are given beside one that takes them from a run."""
+    if names:
+        names = ", ".join(sorted(names)).replace("_", "-")
+        raise InputError(f"{flag} takes {names} from the run: leave it out")
 
 
 def first_stage_of(folder, given):
-    """The settings of another run's first stage. InputError if they are given, too."""
+    """The settings of another run's first stage."""
     settings = {}
     for name, value in vars(config_of(read_run(folder))).items():
         if name in ("first_stage", "latent_channels") or name.startswith("vae_"):
             settings[name] = value
-    wrong = settings.keys() & given.keys()
-    if wrong:
-        raise taken("--vae", wrong)
+    refuse("--vae", settings.keys() & given.keys())
     return settings
 
 
 def numbers(kind):
-    """A function: '1,2,4' -> (1, 2, 4), each of this kind. ValueError."""
+    """A function: '1,2,4' -> (1, 2, 4), each of this kind."""
     def numbers(text):
         return tuple(map(kind, text.split(",")))
     return numbers
@@ -407,16 +403,17 @@ def choose_device(name: str) -> torch.device:
 
     Processes do not share an Apple GPU. InputError.
     """
-    process = os.environ.get("LOCAL_RANK", "0")
-    apple = torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ
-    count = {"cuda": torch.cuda.device_count(), "mps": int(apple), "cpu": 1}
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ:
+        devices.append("mps")
+    devices.append("cpu")
     if name == "auto":
-        name = next(kind for kind in count if count[kind])
-    kind, _, number = name.partition(":")
-    number = number or (process if kind == "cuda" else "0")
-    if not number.isdecimal() or int(number) >= count.get(kind, 0):
+        name = devices[0].removesuffix(":0")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in devices:
         raise InputError(f"--device {name} is not available here: try cpu")
-    return torch.device(f"cuda:{number}" if kind == "cuda" else kind)
+    return torch.device(name)
 
 
 def allow_tf32(on: bool):
@@ -427,9 +424,7 @@ def allow_tf32(on: bool):
 
 def autocast(cfg, device):
     """A context in which networks compute in bfloat16, if asked for."""
-    if cfg.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, cfg.precision == "bfloat16")
 
 
 def move(x, device):
@@ -447,7 +442,7 @@ def ranks():
 
 
 def wrap(module):
-    """With several processes, averages gradients over them. Batch norm sees each one's share."""
+    """Averages gradients over the processes. Batch norm sees each one's share."""
     if ranks()[1] > 1:
         return torch.nn.parallel.DistributedDataParallel(module)
     return module
@@ -481,7 +476,6 @@ class Log:
         self.started = self.saved - seconds  # as if it had never stopped
         self.is_first = ranks()[0] == 0  # the process that writes
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=not self.is_first)
-        self.shown = {}  # beside the bar
 
     def add(self, loss):
         """Counts a step with its loss; returns whether to save now.
@@ -505,8 +499,7 @@ class Log:
 
     def write(self, **values):
         """Adds a line with these values, and shows them beside the bar."""
-        self.shown.update(values)
-        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.set_postfix(values, refresh=False)
         if self.is_first and values:
             line = dict(stage=self.stage, step=self.step, seconds=self.seconds(), **values)
             with open(self.path, "a") as file:
@@ -527,7 +520,6 @@ def save_checkpoint(path, cfg, step, seconds, parts):
     InputError, and the last checkpoint is kept, when a weight is no longer finite.
     """
     contents = dict(config=vars(cfg), step=step, seconds=seconds)
-    contents["peak_memory_mib"] = peak_memory()
     for name, part in parts.items():
         contents[name] = part.state_dict()
         for weight in contents[name].values():
@@ -538,7 +530,7 @@ def save_checkpoint(path, cfg, step, seconds, parts):
 
 
 def restore(path, parts):
-    """Puts a checkpoint, if there is one, into the parts; returns its steps and seconds."""
+    """Puts a checkpoint, if there is one, into the parts. Returns its steps and seconds."""
     if not path.exists():
         return 0, 0.0
     contents = load_checkpoint(path, **parts)
@@ -549,11 +541,8 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     """A checkpoint's contents; the states named in `parts` are put into these. InputError."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: has this run been trained?") from None
-    except (OSError, EOFError, ValueError, RuntimeError, LookupError,
-            pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is damaged ({error}): train this run anew") from error
+    except UNREADABLE as error:
+        raise InputError(f"cannot read {path} ({error}): put it back, or train anew") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
@@ -596,12 +585,8 @@ def config_of(run: dict) -> Config:
 
 
 def machine(device, script, argv):
-    """What results depend on beside the configuration. Folders are left out of the command."""
-    words = ["python", script]
-    for word in argv:
-        flag, equals, value = word.rpartition("=")
-        value = Path(value).name if os.path.isabs(value) else value
-        words.append(flag + equals + value)
+    """What results depend on beside the configuration. The command names no folders."""
+    words = [re.sub(r"(^|=)(/|[A-Z]:).*[/\\]", r"\1", word) for word in argv]
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -609,7 +594,7 @@ def machine(device, script, argv):
         commit = ""
     gpu = device.type == "cuda"
     return dict(
-        command=" ".join(words),
+        command=" ".join(["python", script, *words]),
         commit=commit or "unknown",
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if gpu else device.type,
@@ -618,25 +603,12 @@ def machine(device, script, argv):
     )
 
 
-def peak_memory():
-    """In MiB: of the process (not on Windows) and of its GPU."""
-    peak = {}
-    if sys.platform != "win32":
-        import resource
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        peak["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-    if torch.cuda.is_initialized():
-        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    return peak
-
-
 # ---- the run ----
 
 def claim(folder, resume):
     """Makes the run folder; returns its log, locked as long as it is open. InputError."""
-    if not resume and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
-                         "--out")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is in use: go on with --resume, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
     if fcntl:
@@ -647,29 +619,19 @@ def claim(folder, resume):
     return log
 
 
-def check_resumed(folder, cfg, ds):
-    """InputError when the data is another, or the checkpoints do not belong together."""
-    if read_run(folder)["data"]["checksum"] != ds.checksum():
+def check_resumed(folder, cfg, run, ds):
+    """InputError when the data is another, or the checkpoints are of no use."""
+    if run["data"]["checksum"] != ds.checksum():
         raise InputError(f"{folder} was trained on other images than those of {ds.name}")
-    if not (folder / "model.pt").exists():
-        return
-    if not (folder / "vae.pt").exists():
-        raise InputError(f"{folder} has lost its vae.pt, without which model.pt is of no use: put "
-                         "it back, or start anew")
-    step = load_checkpoint(folder / "model.pt")["step"]
-    if step > cfg.steps:
-        raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
-
-
-def check_first_stage(folder):
-    """InputError when another run's first stage cannot be used."""
-    first = load_checkpoint(Path(folder) / "vae.pt")
-    if first["step"] < first["config"]["vae_steps"]:
-        raise InputError(f"{folder} has not finished its first stage: --resume it first")
+    if (folder / "model.pt").exists():
+        load_checkpoint(folder / "vae.pt")  # model.pt is of no use without it
+        step = load_checkpoint(folder / "model.pt")["step"]
+        if step > cfg.steps:
+            raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
 
 
 def prepare(cfg, resume, facts):
-    """Opens the data, fills a new run folder or checks the one to go on with. InputError.
+    """Fills a new run folder or checks the one to go on with. InputError.
 
     Returns the data and the log, to be kept open.
     """
@@ -677,12 +639,14 @@ def prepare(cfg, resume, facts):
     ds = open_dataset(cfg.data, cfg.cache)
     copied = cfg.vae and not (folder / "vae.pt").exists()
     if copied:
-        check_first_stage(cfg.vae)
+        first = load_checkpoint(Path(cfg.vae) / "vae.pt")
+        if first["step"] < first["config"]["vae_steps"]:
+            raise InputError(f"{cfg.vae} has not finished its first stage: --resume it first")
     log = claim(folder, resume)
     run = {"machine": facts}  # where it was started
     if resume:
-        check_resumed(folder, cfg, ds)
         run = read_run(folder)
+        check_resumed(folder, cfg, run, ds)
     if copied:
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
     run["config"] = vars(cfg)
@@ -693,7 +657,7 @@ def prepare(cfg, resume, facts):
 
 
 def check_device(cfg, device):
-    """InputError when this device or so many processes cannot do what is asked for."""
+    """InputError when device or processes cannot do what is asked for."""
     processes = ranks()[1]
     if cfg.batch_size % processes or cfg.vae_batch_size % processes:
         raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
@@ -702,8 +666,6 @@ def check_device(cfg, device):
         raise InputError("batch norm needs two images per process, or smaller --encoder-strides")
     if cfg.cuda_graphs and (device.type != "cuda" or processes > 1):
         raise InputError("CUDA graphs need one GPU: give --no-cuda-graphs")
-    if cfg.precision == "bfloat16" and not torch.amp.is_autocast_available(device.type):
-        raise InputError(f"this torch has no bfloat16 on {device.type}: use --precision float32")
 
 
 def main(argv: list[str] | None = None, score: Callable | None = None) -> str:
@@ -715,9 +677,9 @@ def main(argv: list[str] | None = None, score: Callable | None = None) -> str:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # torchrun started this process
-        unpacking = datetime.timedelta(hours=3)  # by the first, for which the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=unpacking)
+        hours = datetime.timedelta(hours=3)  # the others wait while the first unpacks
+        dist.init_process_group(backend, timeout=hours)
     rank, processes = ranks()
     check_device(cfg, device)
     log = None

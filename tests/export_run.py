@@ -21,7 +21,7 @@ def export(run, out):
     out.mkdir(parents=True, exist_ok=True)
     for file, names in (("vae.pt", ("vae",)), ("model.pt", ("encoder", "ema"))):
         contents = train.load_checkpoint(run / file)
-        kept = {key: contents[key] for key in ("step", "seconds", "peak_memory_mib")}
+        kept = {key: contents[key] for key in ("step", "seconds")}
         kept["config"] = {**contents["config"], **FOLDERS}
         for name in names:
             weights = contents[name]

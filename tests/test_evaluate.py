@@ -140,7 +140,6 @@ def test_scores_of_a_run(make_run, tmp_path):
     scores = result["scores"]
     assert {"disentanglement", "factor_vae", "mig", "swap", "psnr"} <= set(scores)
     assert result["run"]["seconds"] == {"vae": 1.0, "tokens": 2.0}
-    assert result["run"]["peak_memory_mib"]["process"] > 50
     run = Run(folder)
     assert np.array_equal(run.importance, scores["importance"])
     images = run.images(60, seed=1)
@@ -291,7 +290,8 @@ def test_swap_shows_the_groups_of_tokens(run):
     tokens = run.encode(images)
     shown = cells(evaluate.swap(run), 10, 4)
     assert np.array_equal(shown[0], pixels(images))
-    assert (shown[1:, 0] == 255).all()  # the target is not swapped with itself
+    own = pixels(run.decode(tokens[:1]))
+    assert np.abs(shown[1:, 0] - own).max() <= 1  # the target swapped with itself
     for row, group in ((1, [1, 3]), (2, [0]), (3, [4])):
         swapped = tokens[1:].clone()
         swapped[:, group] = tokens[0, group]

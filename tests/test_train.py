@@ -130,7 +130,6 @@ def test_a_run_writes_what_it_says(run):
         assert checkpoint["config"]["tokens"] == 5
         assert checkpoint["step"] == step
         assert checkpoint["seconds"] > 0
-        assert checkpoint["peak_memory_mib"]["process"] > 50
     run = read_run(folder)
     assert run["data"]["images"] == 40
     assert {"command", "commit", "torch", "device", "threads"} <= set(run["machine"])
@@ -278,7 +277,7 @@ def test_a_first_stage_that_cannot_be_used(run, npz, tmp_path):
     with pytest.raises(InputError, match="has not finished its first stage"):
         run("second", f"--vae {first}")
     (Path(first) / "vae.pt").unlink()
-    with pytest.raises(InputError, match="vae.pt is missing"):
+    with pytest.raises(InputError, match="cannot read .*vae.pt"):
         run("second", f"--vae {first}")
     assert not (tmp_path / "second").exists()
 
@@ -286,7 +285,7 @@ def test_a_first_stage_that_cannot_be_used(run, npz, tmp_path):
 def test_a_lost_first_stage_is_not_trained_again(run, tmp_path):
     folder = Path(run("second", f"--vae {run('first')}"))
     (folder / "vae.pt").unlink()
-    with pytest.raises(InputError, match="has lost its vae.pt"):
+    with pytest.raises(InputError, match="cannot read .*vae.pt"):
         train.main(["--resume", str(folder)])
     (folder / "model.pt").unlink()  # then the first stage that run.json names is taken again
     train.main(["--resume", str(folder)])
@@ -364,7 +363,7 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
     cuts = [len(whole) * i // 12 for i in range(12)]
     for content in (*(whole[:cut] for cut in cuts), b"no checkpoint"):
         (folder / "model.pt").write_bytes(content)
-        with pytest.raises(InputError, match="model.pt is damaged"):
+        with pytest.raises(InputError, match="cannot read .*model.pt"):
             train.main(["--resume", str(folder)])
     other = Path(run("other", "--tokens 7"))
     (folder / "model.pt").write_bytes((other / "model.pt").read_bytes())
@@ -374,7 +373,7 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     ("--tokens 0", "--tokens"), ("--lr nan", "--lr"), ("--heads 3", "3 groups or heads"),
-    ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 6 times"),
+    ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 5 times"),
     ("--vae-betas 0.9", "--vae-betas"), ("--ema 1", "--ema"), ("--clip=-1", "--clip"),
     ("--encoder-strides 4,4,4,4", "--encoder-strides"),
     ("--device quantum", "quantum"), ("--seed 4294967296", "--seed"),
