@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The data sets behind one small interface: files, folders of images, and the built-in world.
 
-README.md has the sources, and the lines that make cars3d.npz of the authors' MATLAB files.
+Cars3D comes as a folder of MATLAB files; with SciPy's loadmat this makes the file read here:
+
+    cars = []
+    for file in sorted(Path("data/cars").glob("car_*_mesh.mat")):
+        views = loadmat(file)["im"].transpose(4, 3, 0, 1, 2).reshape(96, 128, 128, 3)
+        small = [Image.fromarray(view).resize((64, 64), Image.Resampling.LANCZOS) for view in views]
+        cars.append(np.stack([np.asarray(image) for image in small]))
+    np.savez_compressed("cars3d.npz", images=np.stack(cars, 1).reshape(-1, 64, 64, 3))
 
 Letters: B batch, K factors, A attributes, n images of a file or folder.
 """
@@ -128,7 +135,7 @@ class CachedDataset(Dataset):
         for source in files:
             stat = source.stat()
             changed = stat.st_mtime_ns, stat.st_ctime_ns
-            facts.append((stat.st_dev, stat.st_ino, stat.st_size, changed))
+            facts.append((stat.st_ino, stat.st_size, changed))
         state = f"{zlib.crc32(repr(facts).encode()):08x}"
         self.name = path.name
         file = Path(cache or path.parent) / f"{path.name}.{state}.cache.npy"
@@ -168,8 +175,9 @@ def unpack(file, shape, blocks):
                 bar.update(output.write(block))
         with contextlib.suppress(FileNotFoundError):  # the other process was faster
             partial.replace(file)
-    finally:
+    except UNREADABLE:
         partial.unlink(missing_ok=True)
+        raise
 
 
 SHAPES3D = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")

@@ -108,7 +108,8 @@ def factor_vae_score(z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
     64 points that share a factor's value vote for the code that varies least, relative to its
-    deviation over 10,000 points; those < 0.05 are pruned. votes: to learn from, to predict.
+    deviation over 10,000 points; codes with one < 0.05 are left out. votes: how many to learn from,
+    how many to predict. The 64 are drawn with replacement.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
@@ -195,7 +196,8 @@ def token_groups(importance):
 def nearest_factors(ds, images, wanted):
     """Factors (B, K) of the nearest images of ds, in squared error.
 
-    Candidates: the image wanted (B, K), and all that differ from it in one factor.
+    Candidates per image: the wanted one, with factors wanted (B, K), and all that differ from it in
+    one factor.
     """
     nearest = []
     for image, factors in zip(images.cpu(), wanted):
@@ -218,7 +220,7 @@ def swap_accuracy(
     encode: images (B, 3, 64, 64) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K);
     pairs: number of them per factor. Returns three shares of the pairs under each factor's name:
     exact (the nearest image is the wanted one), moved (it is right in this factor), kept (it is
-    right in all others); the mean and worst exact; and as reconstruction what is exact unswapped.
+    right in all others); the mean and worst of exact; reconstruction, what is exact without a swap.
     InputError without importance.
     """
     sizes = np.array(ds.factor_sizes)
@@ -293,7 +295,9 @@ class Run:
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)
-        kept = kept_scores(self.out if other else folder)
+        kept = kept_scores(self.out) or ({} if other else kept_scores(folder))
+        if kept.get("step") != self.step:  # of an earlier checkpoint
+            kept = {}
         self.importance = kept.get("scores", {}).get("importance")  # DCI's, (N, K), or None
 
     def encode(self, images):
@@ -418,19 +422,20 @@ def target_and_sources(run):
 
 
 def swap(run):
-    """A target and sources, then rows in which all tokens of a factor, without importance each
-    token by itself, are the target's.
+    """First a target and its sources, then a row per factor: the sources, whose tokens of this
+    factor are the target's. Without importance a row per token.
     """
     images = target_and_sources(run)
     tokens = run.encode(images)
     groups = {f"token {n}": [n] for n in range(run.cfg.tokens)}
     if run.importance is not None:
         groups = dict(zip(run.ds.factor_names, token_groups(run.importance)))
+    blank = torch.ones_like(images[:1])
     rows = {"target, then sources": images}
     for label, group in groups.items():
-        swapped = tokens.clone()
+        swapped = tokens[1:].clone()
         swapped[:, group] = tokens[0, group]
-        rows[label] = run.decode(swapped)
+        rows[label] = torch.cat([blank, run.decode(swapped)]) if len(swapped) else blank
     return grid(rows)
 
 

@@ -11,6 +11,7 @@ log.jsonl, vae.pt (first stage), model.pt (token encoder, U-Net and its average)
 Letters: B batch, N tokens, D token dimension, Z, h, w channels, height and width of the latent.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -60,33 +61,33 @@ class Config:
     cuda_graphs: bool = False       # record token encoder and U-Net, on one GPU
     # first stage
     first_stage: str = "kl"         # kl or vq
-    vae_channels: int = 32          # width of its finest level
-    vae_multipliers: tuple = (1, 2)  # width of each level / vae_channels
-    vae_res_blocks: int = 1         # residual blocks per level, one more on the way up
-    vae_groups: int = 8             # groups of its group norms
-    vae_patch: int = 4              # side of the squares that images are cut into
+    vae_channels: int = 32          # first stage: width of its finest level
+    vae_multipliers: tuple = (1, 2)  # first stage: width of each level / vae_channels
+    vae_res_blocks: int = 1         # first stage: residual blocks per level, one more upwards
+    vae_groups: int = 8             # first stage: groups of its group norms
+    vae_patch: int = 4              # first stage: side of the squares that images are cut into
     latent_channels: int = 4        # Z
     vae_steps: int = 4000           # training steps of the first stage
     vae_batch_size: int = 16        # images per step of the first stage
-    vae_lr: float = 5e-3            # its highest learning rate, of Adam
-    vae_betas: tuple = (0.9, 0.99)  # of its Adam
+    vae_lr: float = 5e-3            # first stage: highest learning rate, of Adam
+    vae_betas: tuple = (0.9, 0.99)  # first stage: of Adam
     # token encoder
     encoder: str = "scalar"         # scalar, vector or slot
     tokens: int = 20                # N
     token_dim: int = 16             # D
-    encoder_width: int = 64         # channels of its trunk
-    encoder_strides: tuple = (4, 2, 2)  # of its convolutions, 2 or 4 each
+    encoder_width: int = 64         # token encoder: channels of its trunk
+    encoder_strides: tuple = (4, 2, 2)  # token encoder: of its convolutions, 2 or 4 each
     # U-Net
-    channels: int = 32              # width of its finest level
-    multipliers: tuple = (1, 2)     # width of each level / channels
-    res_blocks: int = 1             # residual blocks per level, one more on the way up
-    groups: int = 8                 # groups of its group norms
-    attention_levels: int = 2       # levels with transformer blocks, from the finest
-    heads: int = 2                  # of every attention
+    channels: int = 32              # U-Net: width of its finest level
+    multipliers: tuple = (1, 2)     # U-Net: width of each level / channels
+    res_blocks: int = 1             # U-Net: residual blocks per level, one more upwards
+    groups: int = 8                 # U-Net: groups of its group norms
+    attention_levels: int = 2       # U-Net: levels with transformer blocks; the middle has one
+    heads: int = 2                  # U-Net: heads of every attention
     conditioning: str = "cross-attention"  # or adagn, an ablation
     # diffusion
     schedule: str = "linear"        # linear (in sqrt(beta)), sqrt_linear, sqrt or cosine
-    loss: str = "l1"                # l1 or l2, of the predicted noise
+    loss: str = "l1"                # l1 or l2, of the predicted noise (reconstruct: of x_0)
     objective: str = "diffusion"    # or reconstruct, an ablation: x_0 from the tokens alone
     # optimisation of token encoder and U-Net
     steps: int = 18000              # training steps
@@ -99,8 +100,8 @@ class Config:
     ema: float = 0.999              # limit of the decay of the U-Net's average
 
 
-# DEVIATION: the sizes and constants of tiny and small were chosen by trials on two CPU cores. In
-# paper vae_steps and the first stage's warm-up are ours; steps is a rerun's.
+# DEVIATION: the sizes and constants of tiny and small were chosen by trials on two CPU cores. Of
+# paper, vae_steps and train_vae's warm-up are ours, steps is a rerun's, the rest is the authors'.
 PRESETS = {
     "tiny": dict(vae_steps=1500, steps=1800),
     "small": dict(),
@@ -215,6 +216,7 @@ def check(cfg):
         (cfg.vae_channels, cfg.vae_groups),
         (cfg.channels, cfg.groups),
         (cfg.channels, cfg.heads),
+        (cfg.channels, 2),
     ):
         if width % parts:
             raise InputError(f"{width} channels cannot be divided into {parts} groups or heads")
@@ -325,12 +327,12 @@ def train_tokens(
 
     score: called with the token encoder and the data at every tenth of the run, for the log.
     """
-    torch.manual_seed(cfg.seed + 1)  # else U-Net and autoencoder would start from the same draws
+    torch.manual_seed(cfg.seed + 1)  # other draws than those of the autoencoder's weights
     diffusion = Diffusion(cfg.schedule).to(device)
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
     unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)  # of the U-Net alone, as the authors have it
-    if cfg.cuda_graphs:  # recording changes batch norm's averages: before they are restored
+    if cfg.cuda_graphs:  # recording feeds zeros to batch norm: before its averages are restored
         record_graphs(encoder, unet, cfg)
     params = [*encoder.parameters(), *unet.parameters()]
     fused = device.type != "mps"
@@ -417,14 +419,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def allow_tf32(on: bool):
-    """Whether an NVIDIA GPU may round products to 10 bits: in training, not for the scores."""
+    """Whether an NVIDIA GPU may round products to 10 bits: not in first stage and final scores."""
     torch.backends.cuda.matmul.allow_tf32 = on
     torch.backends.cudnn.allow_tf32 = on
 
 
 def autocast(cfg, device):
     """A context in which networks compute in bfloat16, if asked for."""
-    return torch.autocast(device.type, torch.bfloat16, cfg.precision == "bfloat16")
+    if cfg.precision == "float32":
+        return contextlib.nullcontext()  # old versions have no autocast for Apple GPUs
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def move(x, device):
@@ -442,7 +446,7 @@ def ranks():
 
 
 def wrap(module):
-    """Averages gradients over the processes. Batch norm sees each one's share."""
+    """Averages gradients over the processes. Batch norm sees each one's share of the batch."""
     if ranks()[1] > 1:
         return torch.nn.parallel.DistributedDataParallel(module)
     return module
@@ -546,7 +550,7 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is of another configuration than run.json beside it") from error
     return contents
 
@@ -608,7 +612,8 @@ def machine(device, script, argv):
 def claim(folder, resume):
     """Makes the run folder; returns its log, locked as long as it is open. InputError."""
     if not resume and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is in use: go on with --resume, or choose another --out")
+        raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
+                         "--out")
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
     if fcntl:
@@ -666,6 +671,8 @@ def check_device(cfg, device):
         raise InputError("batch norm needs two images per process, or smaller --encoder-strides")
     if cfg.cuda_graphs and (device.type != "cuda" or processes > 1):
         raise InputError("CUDA graphs need one GPU: give --no-cuda-graphs")
+    if cfg.precision == "bfloat16" and not torch.amp.is_autocast_available(device.type):
+        raise InputError(f"this torch has no bfloat16 on {device.type}: use --precision float32")
 
 
 def main(argv: list[str] | None = None, score: Callable | None = None) -> str:
@@ -689,6 +696,7 @@ def main(argv: list[str] | None = None, score: Callable | None = None) -> str:
         dist.barrier()
     if rank > 0:
         ds = open_dataset(cfg.data, cfg.cache)
+    allow_tf32(False)  # the codebook's nearest vectors need all bits
     vae = train_vae(cfg, ds, device)
     allow_tf32(True)
     train_tokens(cfg, ds, vae, device, score if rank == 0 else None)
