@@ -56,7 +56,9 @@ def test_every_deviation_is_listed():
         assert len(re.findall(rf"^\| {file.name} \|", rows, re.M)) == tagged, file.name
 
 
-def test_readme_snippets_run():
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".github").symlink_to(ROOT / ".github")
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     for block in blocks:
