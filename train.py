@@ -515,6 +515,7 @@ class Log:
 
 
 def diverged(what, step):
+    """The InputError for it."""
     return InputError(f"{what} diverged before step {step}: start again with a lower learning rate")
 
 
