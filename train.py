@@ -66,15 +66,15 @@ class Config:
     vae_res_blocks: int = 1         # first stage: residual blocks per level, one more upwards
     vae_groups: int = 8             # first stage: groups of its group norms
     vae_patch: int = 4              # first stage: side of the squares that images are cut into
-    latent_channels: int = 4        # Z
+    latent_channels: int = 4        # first stage: channels of the latent, Z
     vae_steps: int = 4000           # training steps of the first stage
     vae_batch_size: int = 16        # images per step of the first stage
     vae_lr: float = 5e-3            # first stage: highest learning rate, of Adam
     vae_betas: tuple = (0.9, 0.99)  # first stage: of Adam
     # token encoder
     encoder: str = "scalar"         # scalar, vector or slot
-    tokens: int = 20                # N
-    token_dim: int = 16             # D
+    tokens: int = 20                # how many, N
+    token_dim: int = 16             # numbers per token, D
     encoder_width: int = 64         # token encoder: channels of its trunk
     encoder_strides: tuple = (4, 2, 2)  # token encoder: of its convolutions, 2 or 4 each
     # U-Net
@@ -84,18 +84,18 @@ class Config:
     groups: int = 8                 # U-Net: groups of its group norms
     attention_levels: int = 2       # U-Net: levels with transformer blocks; the middle has one
     heads: int = 2                  # U-Net: heads of every attention
-    conditioning: str = "cross-attention"  # or adagn, an ablation
+    conditioning: str = "cross-attention"  # cross-attention, or adagn (an ablation)
     # diffusion
     schedule: str = "linear"        # linear (in sqrt(beta)), sqrt_linear, sqrt or cosine
     loss: str = "l1"                # l1 or l2, of the predicted noise (reconstruct: of x_0)
-    objective: str = "diffusion"    # or reconstruct, an ablation: x_0 from the tokens alone
+    objective: str = "diffusion"    # diffusion, or reconstruct (an ablation): x_0 from tokens
     # optimisation of token encoder and U-Net
     steps: int = 18000              # training steps
-    batch_size: int = 32            # B
+    batch_size: int = 32            # images per step, B
     lr: float = 3e-3                # highest learning rate, of AdamW
     betas: tuple = (0.9, 0.99)      # of AdamW
     warmup: int = 300               # steps in which lr rises
-    decay: str = "cosine"           # of lr and vae_lr to 0; or none
+    decay: str = "cosine"           # cosine (lr and vae_lr fall to 0) or none
     clip: float = 1.0               # largest norm of the gradient; 0: any
     ema: float = 0.999              # limit of the decay of the U-Net's average
 
@@ -547,7 +547,8 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path} ({error}): put it back, or train anew") from error
+        raise InputError(f"cannot read {path}, it is missing or damaged: put it back, or train "
+                         "anew") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])

@@ -446,7 +446,7 @@ def test_help_has_a_line_per_flag(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--tokens N [20]" in text and "--ema limit of the decay" in text
+    assert "--tokens how many, N [20]" in text and "--ema limit of the decay" in text
 
 
 def test_a_run_says_what_was_asked_for_without_folders(npz, tmp_path):
