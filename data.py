@@ -175,7 +175,7 @@ def unpack(file, shape, blocks):
                 bar.update(output.write(block))
         with contextlib.suppress(FileNotFoundError):  # the other process was faster
             partial.replace(file)
-    except UNREADABLE:
+    except (InputError, *UNREADABLE):
         partial.unlink(missing_ok=True)
         raise
 

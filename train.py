@@ -133,7 +133,10 @@ def parse(argv):
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{comments[field.name]} [{field.default}]"
+        default = field.default
+        if field.type is tuple:
+            default = ",".join(map(str, default))
+        text = f"{comments[field.name]} [{default}]"
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
@@ -547,8 +550,8 @@ def load_checkpoint(path: str | Path, **parts) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise InputError(f"cannot read {path}, it is missing or damaged: put it back, or train "
-                         "anew") from error
+        raise InputError(f"cannot read {path}, it is missing or damaged: put it back, --resume an "
+                         "unfinished run, or train anew") from error
     try:
         for name, part in parts.items():
             part.load_state_dict(contents[name])
@@ -632,7 +635,10 @@ def check_resumed(folder, cfg, run, ds):
         raise InputError(f"{folder} was trained on other images than those of {ds.name}")
     if (folder / "model.pt").exists():
         load_checkpoint(folder / "vae.pt")  # model.pt is of no use without it
-        step = load_checkpoint(folder / "model.pt")["step"]
+        contents = load_checkpoint(folder / "model.pt")
+        step = contents["step"]
+        if "optimizer" not in contents:
+            raise InputError(f"{folder} was exported: it can be evaluated, not resumed")
         if step > cfg.steps:
             raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
 

@@ -269,6 +269,7 @@ def test_unreadable_images_are_named(make):
         refused(path, "z.jpg is no readable image")
     Image.new("1", (20000, 20000)).save(path / "z.jpg", "PNG")  # a decompression bomb
     refused(path, "z.jpg is no readable image")
+    assert not list(path.parent.glob("*.partial"))
     Image.new("RGB", (64, 64)).save(path / "b" / "a.webp")
     for file in (*path.rglob("*.*p*g"), *path.rglob("*.PNG"), path / "b" / "a.webp"):
         file.unlink()

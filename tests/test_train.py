@@ -369,6 +369,13 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
     (folder / "model.pt").write_bytes((other / "model.pt").read_bytes())
     with pytest.raises(InputError, match="model.pt is of another configuration"):
         train.main(["--resume", str(folder)])
+    exported = load_checkpoint(other / "model.pt")
+    del exported["optimizer"]
+    torch.save(exported, other / "model.pt")
+    before = read_run(other)
+    with pytest.raises(InputError, match="can be evaluated, not resumed"):
+        train.main(["--resume", str(other), "--device", "cpu"])
+    assert read_run(other) == before
 
 
 @pytest.mark.parametrize("flags, word", [
