@@ -599,6 +599,7 @@ def table(results):
     width = max(map(len, settings))
     columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
                "swap", "tad", "psnr")
+    columns = [key for key in columns if any(key in result["scores"] for result in results)]
     print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
     for name, runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"

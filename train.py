@@ -198,31 +198,34 @@ BELOW_1 = ("betas", "vae_betas", "ema")
 MAY_BE_ZERO = ("betas", "vae_betas", "seed", "attention_levels", "warmup", "clip", "cuda_graphs")
 
 
-def in_range(name, number):
-    """Whether a field of Config, or one of its numbers, can have this value."""
-    if isinstance(number, str) or (number == 0 and name in MAY_BE_ZERO):
-        return True
-    return 0 < number < (1 if name in BELOW_1 else 2**32)
+def in_range(name, value):
+    """Whether a field of Config can have this value: a text, a number or several."""
+    top = 1 if name in BELOW_1 else 2**32
+    for number in value if isinstance(value, tuple) else (value,):
+        allowed = isinstance(number, str) or (number == 0 and name in MAY_BE_ZERO)
+        if not allowed and not 0 < number < top:
+            return False
+    return True
 
 
 def check(cfg):
     """InputError when a number is out of its range or sizes do not fit together."""
     for name, value in vars(cfg).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if not in_range(name, number):
-                raise InputError(f"--{name.replace('_', '-')} {number} is out of range")
+        if not in_range(name, value):
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
     if not len(cfg.betas) == len(cfg.vae_betas) == 2:
         raise InputError("--betas and --vae-betas are two numbers each, as in 0.9,0.99")
     if set(cfg.encoder_strides) - {2, 4} or math.prod(cfg.encoder_strides) > 64:
         raise InputError("--encoder-strides are 2 or 4 each, their product 64 at most")
     for width, parts in (
-        (cfg.vae_channels, cfg.vae_groups),
-        (cfg.channels, cfg.groups),
-        (cfg.channels, cfg.heads),
-        (cfg.channels, 2),
+        ("vae_channels", "vae_groups"),
+        ("channels", "groups"),
+        ("channels", "heads"),
     ):
-        if width % parts:
-            raise InputError(f"{width} channels cannot be divided into {parts} groups or heads")
+        if getattr(cfg, width) % getattr(cfg, parts):
+            raise InputError(f"--{width} must be a multiple of --{parts}".replace("_", "-"))
+    if cfg.channels % 2:
+        raise InputError("--channels must be even")
     halvings = len(cfg.vae_multipliers) + len(cfg.multipliers) - 2
     if 64 % (cfg.vae_patch * 2**halvings):
         raise InputError(f"64 pixels cannot be cut into patches of {cfg.vae_patch} and then halved "
@@ -725,3 +728,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume goes on from the last checkpoint, at most a minute old")

@@ -379,7 +379,8 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--tokens 0", "--tokens"), ("--lr nan", "--lr"), ("--heads 3", "3 groups or heads"),
+    ("--tokens 0", "--tokens"), ("--lr nan", "--lr"),
+    ("--heads 3", "--channels must be a multiple of --heads"), ("--channels 33", "--groups"),
     ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 5 times"),
     ("--vae-betas 0.9", "--vae-betas"), ("--ema 1", "--ema"), ("--clip=-1", "--clip"),
     ("--encoder-strides 4,4,4,4", "--encoder-strides"),
