@@ -619,10 +619,11 @@ def machine(device, script, argv):
 
 def claim(folder, resume):
     """Makes the run folder; returns its log, locked as long as it is open. InputError."""
-    if not resume and folder.exists() and any(folder.iterdir()):
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {file.name for file in folder.iterdir()}
+    if not resume and files - {"log.jsonl"}:  # a run killed at once leaves it, empty
         raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
                          "--out")
-    folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
     if fcntl:
         try:
@@ -663,6 +664,7 @@ def prepare(cfg, resume, facts):
     if resume:
         run = read_run(folder)
         check_resumed(folder, cfg, run, ds)
+        (folder / "scores.json").unlink(missing_ok=True)  # of an earlier checkpoint
     if copied:
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
     run["config"] = vars(cfg)

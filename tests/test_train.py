@@ -311,6 +311,21 @@ def test_a_run_folder_has_one_writer(run, tmp_path, monkeypatch):
     assert "another process is training there" in messages[0] and "is in use" in messages[1]
 
 
+def test_a_run_killed_at_once_starts_again(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()
+    run("run")
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_scores_of_an_earlier_checkpoint_are_removed_on_resume(run, tmp_path):
+    run("run")
+    scores = tmp_path / "run" / "scores.json"
+    scores.write_text("{}")
+    train.main(["--resume", str(tmp_path / "run")])
+    assert not scores.exists()
+
+
 def test_an_infinite_gradient_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
     """Its loss is finite, so that the step which breaks the weights is a logging step."""
     clip = torch.nn.utils.clip_grad_norm_
