@@ -369,7 +369,7 @@ def principal_components(tokens):
 
 # ---- figures: each returns a sheet ----
 
-FONT = ImageFont.load_default(14)
+FONT = ImageFont.load_default(16)  # can be read on a phone
 TARGET = 2  # a seed: in the built-in world its first image has three different hues
 
 
@@ -410,7 +410,7 @@ def reconstruction(run):
 
 
 def target_and_sources(run):
-    """Ten images: a target, and nine that differ from it in every factor."""
+    """Eight images: a target, and seven that differ from it in every factor."""
     rows = run.rows(2000, seed=TARGET)
     if run.ds.factor_names:
         y = run.ds.factors(rows).numpy()
@@ -418,7 +418,7 @@ def target_and_sources(run):
         hues = [k for k, name in enumerate(run.ds.factor_names) if name.endswith("hue")]
         differ &= ~np.isin(y[:, hues], y[0, hues]).any(1)  # nor has any surface its hues
         rows = np.append(rows[:1], rows[differ])
-    return run.ds.images(rows[:10]).to(run.device)
+    return run.ds.images(rows[:8]).to(run.device)
 
 
 def swap(run):
@@ -431,7 +431,7 @@ def swap(run):
     if run.importance is not None:
         groups = dict(zip(run.ds.factor_names, token_groups(run.importance)))
     blank = torch.ones_like(images[:1])
-    rows = {"target, then sources": images}
+    rows = {"target, sources": images}
     for label, group in groups.items():
         swapped = tokens[1:].clone()
         swapped[:, group] = tokens[0, group]
