@@ -3,6 +3,7 @@
 
 Cars3D comes as a folder of MATLAB files; with SciPy's loadmat this makes the file read here:
 
+    # numpy as np, Path of pathlib, Image of PIL, loadmat of scipy.io
     cars = []
     for file in sorted(Path("data/cars").glob("car_*_mesh.mat")):
         views = loadmat(file)["im"].transpose(4, 3, 0, 1, 2).reshape(96, 128, 128, 3)
@@ -40,7 +41,7 @@ UNREADABLE = (  # what Pillow, h5py, numpy and torch raise for missing or damage
 # ---- 1. The interface ----
 
 class InputError(Exception):
-    """A user's mistake, in one sentence."""
+    """A user's mistake, in one sentence. A docstring that ends with its name: it is raised."""
 
 
 @contextlib.contextmanager
@@ -77,7 +78,7 @@ class Dataset:
         raise NotImplementedError
 
     def checksum(self) -> str:
-        """Tells data sets apart: of 64 images spread over all."""
+        """Tells data sets apart: a CRC of 64 evenly spaced images."""
         index = np.linspace(0, len(self) - 1, 64).astype(np.int64)
         return f"{zlib.crc32(self.pixels(index).tobytes()):08x}"
 
@@ -125,8 +126,8 @@ def open_dataset(path: str | Path | None = None, cache: str | Path | None = None
 class CachedDataset(Dataset):
     """Images of a file or folder, unpacked once into an .npy file that is mapped into memory.
 
-    files: the sources; a checksum of what the file system knows of them, which neither a copy nor
-    a replacement shares, is in the .npy file's name.
+    files: the sources. The .npy file's name has a checksum of their inodes, sizes and times: when
+    one is replaced, they are unpacked again.
     shape: (n, 64, 64, 3) or grey (n, 64, 64). blocks: yields the bytes in order.
     """
 
@@ -160,8 +161,7 @@ class CachedDataset(Dataset):
 def unpack(file, shape, blocks):
     """Writes blocks of bytes, in all uint8 of this shape, as an .npy file, renamed at the end.
 
-    What a killed process left is overwritten; two at a time write the same bytes to the same
-    places.
+    What a killed process left is overwritten. Two at once do no harm: they write the same bytes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -260,7 +260,7 @@ def open_folder(path, cache):
         if file.suffix.lower() in SUFFIXES and not hidden:
             files.append(file)
     lists = [*path.glob(ATTRIBUTE_LIST), *path.parent.glob(ATTRIBUTE_LIST)]
-    side = SIDE
+    side, attributes = SIDE, None
     if lists and all(re.fullmatch("[0-9]{6}", file.stem) for file in files):
         side = 96
         attributes = read_attributes(lists[0])
@@ -271,7 +271,7 @@ def open_folder(path, cache):
     shape = (len(files), SIDE, SIDE, 3)
     blocks = (load_image(file, side) for file in files)
     ds = CachedDataset(path, cache, files + lists, shape, blocks)
-    if side == 96:
+    if attributes:
         ds.name = "CelebA"
         ds.attributes = np.array([attributes[file.stem] for file in files])  # (len, A)
     return ds
@@ -414,7 +414,7 @@ def cast_room(o, view, d):
     weights = np.zeros((5, d.shape[1]))
     weights[3] = 1  # sky
     first = np.full(d.shape[1], np.inf)  # distance of the nearest so far
-    planes = (  # surface, axis, offset and normal on it
+    planes = (  # surface, axis, offset and normal on it; the floor last, for what is returned
         (1, 1, ROOM, -1),  # back wall
         (1, 0, -ROOM, 1),  # left wall
         (1, 0, ROOM, -1),  # right wall
@@ -429,7 +429,7 @@ def cast_room(o, view, d):
         dark, lamp = light(point, normal, view)
         weights[:, seen] = 0
         weights[surface, seen] = (dark + lamp)[seen]
-    return weights, point, np.where(seen, lamp, 0)  # of the floor, the last
+    return weights, point, np.where(seen, lamp, 0)  # the floor's
 
 
 def render(scale, shape, eye, room):
@@ -476,7 +476,7 @@ class World(Dataset):
         hues = self.hues[self.factors(index)[:, :3]]    # (B, 3, 3): surface, colour
         sky_white = self.sky_white.expand(len(hues), 2, 3)
         colours = torch.cat([hues, sky_white], 1)       # (B, 5, 3)
-        weights = self.weights[index % len(self.weights)]
+        weights = self.weights[index % len(self.weights)]  # the last three factors vary fastest
         images = 255 * colours.mT @ weights             # (B, 3, 64*64)
         images = images.clamp_(max=255).round_().to(torch.uint8)
         return images.view(-1, 3, SIDE, SIDE).permute(0, 2, 3, 1).numpy()

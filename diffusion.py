@@ -6,9 +6,9 @@ latent diffusion (Rombach et al. 2022) and EncDiff (method section) use them. Th
 function `denoise(x_t, t) -> eps`, for example `lambda x_t, t: unet(x_t, t, tokens)`.
 
 Letters (the papers'): T steps; t in 0..T-1 (the papers count 1..T: our t is their t - 1); beta_t;
-alpha_t = 1 - beta_t; abar_t = product of alpha up to t; x_0 clean latent (below t = 0: t = -1), x_t
-noisy latent, eps the noise in it, x_T pure noise, where sampling starts. Shapes: B batch, Z, h, w
-channels, height and width of the latent.
+alpha_t = 1 - beta_t; abar_t = product of alpha up to t; x_0 clean latent, in our count at t = -1;
+x_t noisy latent, eps the noise in it; x_T pure noise, where sampling starts. Shapes: B batch, Z, h,
+w channels, height and width of the latent.
 """
 import math
 from collections.abc import Callable
@@ -101,15 +101,15 @@ class Diffusion(nn.Module):
         """KL(q(x_t | x_0) || N(0, I)) per dimension, (T,): the width of EncDiff's bottleneck.
 
         mean_square: E[x_0^2] of the latents, 1 for those of zero mean and unit deviation. The
-        paper's curves (figure 2 b) equal 2 x this for E[x_0^2] = 67.6; its caption names the
-        posterior, which does not match.
+        paper's curves (figure 2 b) agree with 2 x this for E[x_0^2] = 67.6, as far as they can be
+        read; its caption names the posterior, which does not match.
         """
         return 0.5 * (self.abar * (mean_square - 1) - 2 * torch.log(self.sqrt_1m_abar))
 
     # ---- samplers: x_T -> x_0, both are loops over one step ----
 
     def ddpm_step(self, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
-        r"""x_{t-1}: DDPM algorithm 2 (equation 11 through x_0) with sigma_t^2 = \tilde\beta_t."""
+        r"""x_{t-1}: DDPM algorithm 2 (equation 11 by way of x_0) with sigma_t^2 = \tilde\beta_t."""
         x_0 = self.predict_x0(x_t, t, eps)
         mean, variance = self.posterior(x_0, x_t, t)
         return mean + variance.sqrt() * noise  # the variance is 0 at t = 0

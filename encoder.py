@@ -40,7 +40,7 @@ class ResBlock(nn.Module):
 def build_trunk(width, strides):
     """(B, 3, 64, 64) -> (B, C, H, W), C = width: 4x4 convolutions, then two residual blocks.
 
-    DEVIATION: no ReLU after the last convolution but one, as in the official code (`Encoder4`,
+    DEVIATION: no ReLU after the second-to-last convolution, as in the official code (`Encoder4`,
     openaimodel_enc.py, lines 1003-1005); the paper has one after each.
     """
     layers = []
@@ -86,7 +86,7 @@ class ScalarTokens(nn.Module):
     def tokens_of(self, scalars: Tensor) -> Tensor:
         """scalars: (B, N), any real numbers. Returns tokens (B, N, D).
 
-        The same, slowly: torch.stack([mlp_n(scalars[:, n:n+1]) for n in range(N)], dim=1)
+        The same, slowly: torch.stack([mlp[n](scalars[:, n:n + 1]) for n in range(N)], dim=1)
         """
         x = scalars.t()[:, :, None]                              # (N, B, 1)
         x = F.elu(torch.baddbmm(self.bias_1, x, self.weight_1))  # (N, B, 64)

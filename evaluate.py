@@ -6,8 +6,8 @@
     python evaluate.py RUN --figures [NAME ...]
     python evaluate.py --codes FILE.npz     # scores of arrays z (n, N) and y (n, K)
 
-Letters: n points (images), N codes or tokens, K factors, D token dimension, C classes of a factor,
-V bins of a code, M nodes of a tree's level, R importance, H entropy.
+Letters: n points (images), N codes or tokens, K factors, A attributes, B batch, D token dimension,
+C classes of a factor, V bins of a code, M nodes of a tree's level, R importance, H entropy.
 """
 import argparse
 import math
@@ -29,7 +29,7 @@ from diffusion import Diffusion
 from encoder import ScalarTokens
 
 Array = np.ndarray
-FEW = 8  # points
+FEW = 8  # a factor is constant if fewer points than this leave its commonest value
 DDIM_STEPS = 50
 
 # ---- metrics on arrays ----
@@ -58,7 +58,7 @@ def entropy(p):
 
 
 def purity(R):
-    """Mean of 1 - entropy over the rows of R, weighted by their sums."""
+    """Mean over the rows of R, weighted by their sums, of 1 - entropy in base (row length)."""
     weight = R.sum(1) if R.any() else np.ones(len(R))  # this and 1e-11 as the authors
     row_entropy = entropy(R + 1e-11) / np.log(R.shape[1])
     return float((weight / weight.sum() * (1 - row_entropy)).sum())
@@ -71,7 +71,7 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, rounds: in
     returns, as lists, accuracy (K,) and importance (N, K).
     """
     n = len(z_train)
-    check_codes(z_train, y_train)  # a class may be rare there
+    check_codes(z_train, y_train)  # again: a factor may be nearly constant in this part
     if len(z_test) == 0:
         raise InputError("DCI needs test points")
     z, y = check_codes(np.concatenate([z_train, z_test]), np.concatenate([y_train, y_test]))
@@ -108,8 +108,8 @@ def factor_vae_score(z: Array, y: Array, seed: int = 0, votes: tuple = (10000, 5
     """FactorVAE score (Kim and Mnih 2018, section 4), [0, 1].
 
     64 points that share a factor's value vote for the code that varies least, relative to its
-    deviation over 10,000 points; codes with one < 0.05 are left out. votes: how many to learn from,
-    how many to predict. The 64 are drawn with replacement.
+    deviation over 10,000 points; codes whose deviation is below 0.05 are left out. votes: how many
+    to learn from, how many to predict. The 64 are drawn with replacement.
     """
     z, y = check_codes(z, y)
     rng = np.random.default_rng(seed)
@@ -137,7 +137,7 @@ def mig(z: Array, y: Array) -> float:
     """
     z, y = check_codes(z, y)
     rows = np.random.default_rng(0).choice(len(z), min(10000, len(z)), replace=False)
-    z, y = check_codes(z[rows], y[rows])  # a class may be rare there
+    z, y = check_codes(z[rows], y[rows])  # again: of these points alone
     n, N = z.shape
     n_bins = 20
     z = z.astype(np.float64) - z.min(0)
@@ -162,8 +162,8 @@ def tad(z: Array, y: Array, max_share: float = 0.2) -> dict:
     y: attributes (n, A) of two values. A code's quality is the area under its ROC curve. Attributes
     count if their best area is >= 0.75 and no other tells > max_share of their entropy.
     """
-    first = (y == y[:1]).sum(0)
-    varies = np.minimum(first, len(y) - first) >= FEW  # one value has no area
+    same = (y == y[:1]).sum(0)  # (A,), points with the first one's value
+    varies = np.minimum(same, len(y) - same) >= FEW  # one value has no area
     z, a = check_codes(z, y[:, varies])
     if a.max() > 1:
         raise InputError("TAD is for attributes of two values")
@@ -219,9 +219,9 @@ def swap_accuracy(
 
     encode: images (B, 3, 64, 64) -> tokens (B, N, D); decode: back; importance: DCI's, (N, K);
     pairs: number of them per factor. Returns three shares of the pairs under each factor's name:
-    exact (the nearest image is the wanted one), moved (it is right in this factor), kept (it is
-    right in all others); the mean and worst of exact; reconstruction, what is exact without a swap.
-    InputError without importance.
+    exact (the nearest image is the wanted one), moved (it has the wanted value of this factor),
+    kept (it has those of all others). Also the mean and the worst of exact, and reconstruction:
+    exact when nothing is swapped. InputError without importance.
     """
     sizes = np.array(ds.factor_sizes)
     if importance is None:
@@ -320,7 +320,7 @@ class Run:
         return self.vae.decode(x_0).clamp(-1, 1)
 
     def rows(self, n, seed=0):
-        """Numbers of n different images, at random."""
+        """Indices of n different images, drawn at random."""
         rng = np.random.default_rng(seed)
         return rng.choice(len(self.ds), min(n, len(self.ds)), replace=False)
 
@@ -332,7 +332,8 @@ class Run:
 def compute_codes(encoder, ds, index):
     """One number per token, (n, N): its scalar, else its first principal component."""
     device = next(encoder.parameters()).device
-    network = encoder.scalars if isinstance(encoder.head, ScalarTokens) else encoder
+    scalar = isinstance(getattr(encoder, "head", None), ScalarTokens)  # yours may have none
+    network = encoder.scalars if scalar else encoder
     codes = []
     for start in tqdm(range(0, len(index), 500), "codes", leave=False):
         images = ds.images(index[start:start + 500]).to(device)
@@ -388,7 +389,7 @@ def grid(rows):
 
 
 def used_tokens(run):
-    """Label -> token, factor by factor, of importance >= 0.02; all if there is none."""
+    """Label -> token, ordered by factor: whose largest importance is >= 0.02; else every token."""
     used = {}
     if run.importance is not None:
         for k, group in enumerate(token_groups(run.importance)):
@@ -464,9 +465,9 @@ def attention(run):
     attn_maps = []
     run.unet(x_t, t, run.encode(images), attn_maps)
     weight = 0  # (B, N, 64, 64)
-    for attn in attn_maps:  # (B, heads, h * w, N)
+    for attn in attn_maps:  # (B, heads, H * W, N)
         attn = attn.mean(1).transpose(1, 2)
-        attn = attn.unflatten(2, (math.isqrt(attn.shape[2]), -1))  # (B, N, h, w)
+        attn = attn.unflatten(2, (math.isqrt(attn.shape[2]), -1))  # (B, N, H, W)
         weight = weight + F.interpolate(attn, (64, 64), mode="bilinear")
     rows = {"image": images}
     for label, n in used_tokens(run).items():
@@ -507,7 +508,7 @@ def psnr(run):
     }
     scores = {}
     for key, x in decoded.items():
-        mse = F.mse_loss(x, images).item() / 4  # of [-1, 1], so twice as wide
+        mse = F.mse_loss(x, images).item() / 4  # of images in [0, 1], half as wide as [-1, 1]
         scores[key] = -10 * math.log10(max(mse, 1e-10))
     return scores
 
@@ -540,7 +541,7 @@ def score_file(path):
 
 
 def score_run(run, n, argv):
-    """Scores n images (0: all). Writes scores.json, which it returns, codes.npz and two figures."""
+    """Scores n images (0: all). Writes codes.npz, two figures and scores.json, which it returns."""
     index = np.sort(run.rows(n or len(run.ds)))
     z, y = compute_codes(run.encoder, run.ds, index), np.empty((len(index), 0))
     for place in ("data", "cache", "out", "vae"):  # of this machine
@@ -575,10 +576,10 @@ def name_setting(result):
     """The data, and what differs from the preset. InputError: a run of another version."""
     data = result["data"]
     name = data["name"]
-    if data.get("checksum", name) != name:
+    if data.get("checksum", name) != name:  # the world's is its name, arrays have none
         name += f" ({data['checksum']})"
     if "run" in result:
-        cfg = vars(train.config_of(result["run"])) | {"steps": result["step"]}  # taken
+        cfg = vars(train.config_of(result["run"])) | {"steps": result["step"]}  # done, not wanted
         usual = vars(train.Config(**train.PRESETS[cfg["preset"]]))
         for key in sorted(cfg.keys() - {"seed", "device", "cuda_graphs"}):
             if cfg[key] != usual[key]:
@@ -726,7 +727,8 @@ def best_splits(bags, residual, node, M, generator):
 def boost(bags, bins, y, C, rounds):
     """Gradient-boosted trees (Friedman 2001, algorithm 6), one per class and round: scikit-learn's.
 
-    Returns importance (N,) and predicted classes of all points, (n + n_test,).
+    bins: (n + n_test, N); y: classes (n,). Returns importance (N,) and predicted classes of all
+    points, (n + n_test,). Two classes share one tree: C is 1 in the shapes then.
     """
     max_depth, learning_rate = 3, 0.1
     n = len(y)

@@ -217,7 +217,7 @@ class UNet(nn.Module):
         channels: int = 64,                           # C_0, a multiple of groups
         multipliers: tuple[int, ...] = (1, 2, 4, 4),  # width of each level / C_0, finest first
         res_blocks: int = 2,                          # per level down; one more per level up
-        attention_levels: int = 3,                    # that attend, from the finest; middle always
+        attention_levels: int = 3,                    # with transformers, from the finest
         heads: int = 8,                               # divides every width
         token_dim: int = 16,                          # D
         n_tokens: int = 20,                           # N, read by "adagn" alone
@@ -343,7 +343,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """x_0 (B, Z, h, w) of tokens (B, N, D); x_t and t are not read."""
-        emb = tokens.new_zeros(len(tokens), self.emb_dim)  # no t: scale, shift are biases
+        emb = tokens.new_zeros(len(tokens), self.emb_dim)  # no t: scale, shift are biases alone
         h = self.start.expand(len(tokens), -1, -1, -1)     # (B, C, H, W)
         for block in [*self.middle, *self.up]:
             h = block(h, emb, tokens)

@@ -70,7 +70,7 @@ class Config:
     vae_steps: int = 4000           # training steps of the first stage
     vae_batch_size: int = 16        # images per step of the first stage
     vae_lr: float = 5e-3            # first stage: highest learning rate, of Adam
-    vae_betas: tuple = (0.9, 0.99)  # first stage: of Adam
+    vae_betas: tuple = (0.9, 0.99)  # first stage: Adam's two decay rates
     # token encoder
     encoder: str = "scalar"         # scalar, vector or slot
     tokens: int = 20                # how many, N
@@ -93,7 +93,7 @@ class Config:
     steps: int = 18000              # training steps
     batch_size: int = 32            # images per step, B
     lr: float = 3e-3                # highest learning rate, of AdamW
-    betas: tuple = (0.9, 0.99)      # of AdamW
+    betas: tuple = (0.9, 0.99)      # AdamW's two decay rates
     warmup: int = 300               # steps in which lr rises
     decay: str = "cosine"           # cosine (lr and vae_lr fall to 0) or none
     clip: float = 1.0               # largest norm of the gradient; 0: any
@@ -319,7 +319,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
             vae.set_scale(draw_images(1024))
             if processes > 1:
                 dist.broadcast(vae.scale, src=0)
-        if log.add(l1):
+        if log.add(l1):  # L1 without the latent's term
             save_checkpoint(checkpoint, cfg, step + 1, log.seconds(), parts)
     return vae.eval().requires_grad_(False)
 
@@ -329,7 +329,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
 def train_tokens(
     cfg: Config, ds: Dataset, vae: Autoencoder, device: torch.device, score: Callable | None = None
 ):
-    """DDPM's algorithm 1 with the tokens as the condition (EncDiff, section 3).
+    """DDPM's algorithm 1 with the tokens as the condition (EncDiff, method section).
 
     score: called with the token encoder and the data at every tenth of the run, for the log.
     """
@@ -338,7 +338,7 @@ def train_tokens(
     encoder = build_encoder(cfg).to(device, memory_format=torch.channels_last)
     unet = build_unet(cfg).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(unet).requires_grad_(False)  # of the U-Net alone, as the authors have it
-    if cfg.cuda_graphs:  # recording feeds zeros to batch norm: before its averages are restored
+    if cfg.cuda_graphs:  # before restore: recording runs zeros through batch norm
         record_graphs(encoder, unet, cfg)
     params = [*encoder.parameters(), *unet.parameters()]
     fused = device.type != "mps"
@@ -425,7 +425,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def allow_tf32(on: bool):
-    """Whether an NVIDIA GPU may round products to 10 bits: not in first stage and final scores."""
+    """Whether an NVIDIA GPU may round factors to 10 bits: not in first stage and final scores."""
     torch.backends.cuda.matmul.allow_tf32 = on
     torch.backends.cudnn.allow_tf32 = on
 
@@ -472,7 +472,7 @@ def record_graphs(encoder, unet, cfg):
 # ---- run folder and checkpoints ----
 
 LOG_EVERY = 50  # steps between two lines of the log
-SAVE_EVERY = 60  # seconds between two checkpoints
+SAVE_EVERY = 60  # seconds, at least, between two checkpoints
 
 
 class Log:
@@ -731,4 +731,4 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped: --resume goes on from the last checkpoint, at most a minute old")
+        sys.exit("stopped: --resume with the run folder goes on from its last checkpoint")

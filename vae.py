@@ -4,7 +4,7 @@
 The convolutional autoencoder of latent diffusion (Rombach et al. 2022, section 3.1), trained first,
 then frozen. "kl": a Gaussian latent, pulled towards N(0, I). "vq": a latent replaced by the
 nearest vectors of a codebook (van den Oord et al. 2017); as in EncDiff, x_0 is the latent before
-quantisation, and decoding begins with that.
+quantisation, and decoding begins with the quantisation.
 
 DEVIATION: the loss is L1 + codebook (or KL) alone, without the authors' LPIPS (it needs downloaded
 weights) and patch discriminator.
@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
 def build_down(widths, res_blocks, out_channels, patch, groups):
     """(B, 3, 64, 64) in [-1, 1] -> (B, Z or 2Z, h, w), h = 64 / (patch * 2^(levels - 1)).
 
-    DEVIATION: what halves pads all four sides, latent diffusion's the right and the bottom.
+    DEVIATION: convolutions of stride 2 pad all four sides, latent diffusion's right and bottom.
     """
     c = widths[0]
     if patch == 1:
@@ -178,9 +178,9 @@ class Autoencoder(nn.Module):
         return l1 + latent_loss, l1
 
     def sample_gaussian(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A draw of N(mean, variance), and its weighed KL to N(0, I) (Kingma and Welling 2014).
+        """A draw of N(mean, variance), and its weighted KL to N(0, I) (Kingma and Welling 2014).
 
-        L1 is a mean over an image's numbers, latent diffusion's a sum: hence the division.
+        Our L1 is a mean over an image's numbers, latent diffusion's a sum; hence the division.
         """
         mean, log_var = self.encoder(images).chunk(2, dim=1)  # (B, Z, h, w) each
         log_var = log_var.clamp(-30, 20)
@@ -191,7 +191,7 @@ class Autoencoder(nn.Module):
     def quantise(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest codebook vectors, and codebook and commitment terms (VQ-VAE, equation 3).
 
-        DEVIATION: weighed as VQ-VAE writes them; latent diffusion's code swaps the two weights.
+        DEVIATION: weighted as VQ-VAE writes them; latent diffusion's code swaps the two weights.
         """
         latent = self.encoder(images)  # (B, Z, h, w)
         nearest = self.codebook(latent)
