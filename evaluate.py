@@ -532,7 +532,7 @@ def score_file(path):
         arrays = np.load(path)
         z, y = arrays["z"].astype(np.float32), arrays["y"]
     except UNREADABLE:
-        raise InputError(f"{path} is no .npz of z (n, N) and y (n, K)") from None
+        raise InputError(f"{path} is missing or no .npz of z (n, N) and y (n, K)") from None
     check_codes(z, y)
     result = {"data": {"name": Path(path).name}, "scores": {}}
     for name, metric in OF_FACTORS.items():
@@ -589,6 +589,12 @@ def name_setting(result):
     return name
 
 
+COLUMNS = {
+    "factor_vae": "FactorVAE", "disentanglement": "DCI D", "completeness": "DCI C",
+    "informativeness_test": "DCI I", "mig": "MIG", "swap": "swap", "tad": "TAD", "psnr": "PSNR",
+}
+
+
 def table(results):
     """Prints a line per setting: its runs, then means +- deviations over those with a score."""
     settings = {}
@@ -598,10 +604,8 @@ def table(results):
             scores["swap"] = scores["swap"]["mean"]
         settings.setdefault(name_setting(result), []).append(scores)
     width = max(map(len, settings))
-    columns = ("factor_vae", "disentanglement", "completeness", "informativeness_test", "mig",
-               "swap", "tad", "psnr")
-    columns = [key for key in columns if any(key in result["scores"] for result in results)]
-    print(f"{'':{width}} runs", *(f"{key[:15]:>15}" for key in columns))
+    columns = [key for key in COLUMNS if any(key in result["scores"] for result in results)]
+    print(f"{'':{width}} runs", *(f"{COLUMNS[key]:>14}" for key in columns))
     for name, runs in settings.items():
         line = f"{name:{width}} {len(runs):4}"
         for key in columns:
@@ -609,7 +613,7 @@ def table(results):
             cell = f"{np.mean(values):.3f}" if values else ""
             if len(values) > 1:
                 cell += f" +- {np.std(values, ddof=1):.3f}"
-            line += f" {cell:>15}"
+            line += f" {cell:>14}"
         print(line)
 
 
@@ -766,3 +770,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -49,7 +49,7 @@ from vae import FIRST_STAGES, Autoencoder
 @dataclasses.dataclass
 class Config:
     """Defaults: preset small. The authors' values: PRESETS["paper"], below. Each is a flag."""
-    preset: str = "small"           # tiny, small or paper: values for all the others
+    preset: str = "small"           # tiny, small (whose values --help shows) or paper: all others
     # the run
     data: str = ""                  # data file or folder of images; empty: the built-in world
     cache: str = ""                 # folder for unpacked data; empty: beside it
@@ -228,8 +228,9 @@ def check(cfg):
         raise InputError("--channels must be even")
     halvings = len(cfg.vae_multipliers) + len(cfg.multipliers) - 2
     if 64 % (cfg.vae_patch * 2**halvings):
-        raise InputError(f"64 pixels cannot be cut into patches of {cfg.vae_patch} and then halved "
-                         f"{halvings} times")
+        raise InputError(f"64 pixels cannot be cut into --vae-patch {cfg.vae_patch} and then halved "
+                         f"{halvings} times, between the levels of --vae-multipliers and of "
+                         "--multipliers")
     if cfg.conditioning == "adagn" and cfg.objective == "reconstruct":
         raise InputError("--objective reconstruct has no --conditioning adagn")
 
@@ -482,6 +483,7 @@ class Log:
         self.path = Path(cfg.out) / "log.jsonl"
         self.stage, self.step, self.steps = stage, start, steps
         self.losses = []  # since the last line
+        self.shown = {}   # beside the bar
         self.saved = time.monotonic()
         self.started = self.saved - seconds  # as if it had never stopped
         self.is_first = ranks()[0] == 0  # the process that writes
@@ -493,13 +495,13 @@ class Log:
         A line has the mean loss since the last. InputError when it has diverged.
         """
         self.step += 1
+        self.bar.update()
         self.losses.append(loss.detach())
         if self.step % LOG_EVERY and self.step < self.steps:
             return False
         loss = torch.stack(self.losses).mean().item()
         if not math.isfinite(loss):
             raise diverged(f"the {self.stage} loss", self.step)
-        self.bar.update(len(self.losses))
         self.losses = []
         self.write(loss=round(loss, 6))
         if time.monotonic() - self.saved < SAVE_EVERY and self.step < self.steps:
@@ -508,8 +510,9 @@ class Log:
         return self.is_first
 
     def write(self, **values):
-        """Adds a line with these values, and shows them beside the bar."""
-        self.bar.set_postfix(values, refresh=False)
+        """Adds a line with these values, and shows them, with the last others, beside the bar."""
+        self.shown |= values
+        self.bar.set_postfix(self.shown, refresh=False)
         if self.is_first and values:
             line = dict(stage=self.stage, step=self.step, seconds=self.seconds(), **values)
             with open(self.path, "a") as file:
@@ -622,8 +625,8 @@ def claim(folder, resume):
     folder.mkdir(parents=True, exist_ok=True)
     files = {file.name for file in folder.iterdir()}
     if not resume and files - {"log.jsonl"}:  # a run killed at once leaves it, empty
-        raise InputError(f"{folder} is in use: go on with --resume {folder}, or choose another "
-                         "--out")
+        raise InputError(f"{folder} has files already: go on with --resume {folder}, or choose "
+                         "another --out")
     log = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
     if fcntl:
         try:
@@ -659,12 +662,12 @@ def prepare(cfg, resume, facts):
         first = load_checkpoint(Path(cfg.vae) / "vae.pt")
         if first["step"] < first["config"]["vae_steps"]:
             raise InputError(f"{cfg.vae} has not finished its first stage: --resume it first")
-    log = claim(folder, resume)
     run = {"machine": facts}  # where it was started
     if resume:
         run = read_run(folder)
         check_resumed(folder, cfg, run, ds)
-        (folder / "scores.json").unlink(missing_ok=True)  # of an earlier checkpoint
+    log = claim(folder, resume)
+    (folder / "scores.json").unlink(missing_ok=True)  # of an earlier checkpoint
     if copied:
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
     run["config"] = vars(cfg)

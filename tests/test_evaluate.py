@@ -350,7 +350,7 @@ def test_codes_of_anybody(tmp_path, capsys):
     assert set(result["scores"]) == {"factor_vae", "mig"}
     assert result["scores"]["factor_vae"] > 0.99
     out = capsys.readouterr().out
-    assert "factor_vae" in out and "dci is left out: DCI needs 15000 points, 2000 are there" in out
+    assert "FactorVAE" in out and "dci is left out: DCI needs 15000 points, 2000 are there" in out
 
 
 def test_a_mistake_ends_with_2_and_one_sentence():
@@ -358,4 +358,4 @@ def test_a_mistake_ends_with_2_and_one_sentence():
     command = [sys.executable, script, "--codes", script.with_name("README.md")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert "README.md is no .npz of z (n, N) and y (n, K)" in done.stderr
+    assert "README.md is missing or no .npz of z (n, N) and y (n, K)" in done.stderr

@@ -308,7 +308,7 @@ def test_a_run_folder_has_one_writer(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_vae", start_another)
     with pytest.raises(InputError, match="stop here"):
         run("run")
-    assert "another process is training there" in messages[0] and "is in use" in messages[1]
+    assert "another process is training there" in messages[0] and "has files already" in messages[1]
 
 
 def test_a_run_killed_at_once_starts_again(run, tmp_path):
@@ -396,7 +396,7 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
 @pytest.mark.parametrize("flags, word", [
     ("--tokens 0", "--tokens"), ("--lr nan", "--lr"),
     ("--heads 3", "--channels must be a multiple of --heads"), ("--channels 33", "--groups"),
-    ("--vae-patch 3", "patches of 3"), ("--multipliers 1,2,2,2,2", "halved 5 times"),
+    ("--vae-patch 3", "--vae-patch 3"), ("--multipliers 1,2,2,2,2", "halved 5 times"),
     ("--vae-betas 0.9", "--vae-betas"), ("--ema 1", "--ema"), ("--clip=-1", "--clip"),
     ("--encoder-strides 4,4,4,4", "--encoder-strides"),
     ("--device quantum", "quantum"), ("--seed 4294967296", "--seed"),
