@@ -228,7 +228,7 @@ def check(cfg):
         raise InputError("--channels must be even")
     halvings = len(cfg.vae_multipliers) + len(cfg.multipliers) - 2
     if 64 % (cfg.vae_patch * 2**halvings):
-        raise InputError(f"64 pixels cannot be cut into --vae-patch {cfg.vae_patch} and then halved "
+        raise InputError(f"64 pixels cannot be cut into --vae-patch {cfg.vae_patch} and halved "
                          f"{halvings} times, between the levels of --vae-multipliers and of "
                          "--multipliers")
     if cfg.conditioning == "adagn" and cfg.objective == "reconstruct":
