@@ -135,8 +135,7 @@ class CachedDataset(Dataset):
         facts = []
         for source in files:
             stat = source.stat()
-            changed = stat.st_mtime_ns, stat.st_ctime_ns
-            facts.append((stat.st_ino, stat.st_size, changed))
+            facts.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         state = f"{zlib.crc32(repr(facts).encode()):08x}"
         self.name = path.name
         file = Path(cache or path.parent) / f"{path.name}.{state}.cache.npy"
@@ -152,7 +151,7 @@ class CachedDataset(Dataset):
     def pixels(self, index):
         pixels = np.asarray(self.stored)[index]  # (B, 64, 64, 3) or (B, 64, 64)
         if self.name == "dSprites":  # 0 and 1
-            pixels = np.where(pixels > 0, np.uint8(255), np.uint8(0))
+            pixels = 255 * np.minimum(pixels, 1)
         if pixels.ndim == 3:  # grey
             pixels = np.stack([pixels] * 3, axis=-1)
         return pixels  # (B, 64, 64, 3)

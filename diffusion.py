@@ -28,12 +28,13 @@ def beta_schedule(name: str, steps: int = 1000) -> Tensor:
     three, with the authors' range, are made for T = 1000: with few steps x_T still shows x_0.
     """
     first, last = 0.0015, 0.0155
+    beta = torch.linspace(first, last, steps, dtype=torch.float64)
     if name == "linear":
         return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
     if name == "sqrt_linear":
-        return torch.linspace(first, last, steps, dtype=torch.float64)
+        return beta
     if name == "sqrt":
-        return torch.linspace(first, last, steps, dtype=torch.float64) ** 0.5
+        return beta.sqrt()
     if name == "cosine":
         s = 0.008  # keeps beta_0 away from zero
         u = torch.arange(steps + 1, dtype=torch.float64) / steps

@@ -3,7 +3,7 @@
 
     python evaluate.py RUN                  # scores a run and draws its main figures
     python evaluate.py RUN RUN ...          # one table; runs with scores are not scored again
-    python evaluate.py RUN --figures [NAME ...]
+    python evaluate.py RUN --figures        # draws all that the run can have
     python evaluate.py --codes FILE.npz     # scores of arrays z (n, N) and y (n, K)
 
 Letters: n points (images), N codes or tokens, K factors, A attributes, B batch, D token dimension,
@@ -26,7 +26,6 @@ from tqdm import tqdm
 import train
 from data import UNREADABLE, Dataset, InputError, atomic, open_dataset
 from diffusion import Diffusion
-from encoder import ScalarTokens
 
 Array = np.ndarray
 FEW = 8  # a factor is constant if fewer points than this leave its commonest value
@@ -98,7 +97,7 @@ def dci(z_train: Array, y_train: Array, z_test: Array, y_test: Array, rounds: in
 def dci_scores(z, y, points=(10000, 5000)):
     """dci of training and test points drawn without replacement."""
     if len(z) < sum(points):
-        raise InputError(f"DCI needs {sum(points)} points, {len(z)} are there")
+        raise InputError(f"DCI and swaps need {sum(points)} points, {len(z)} are there")
     rows = np.random.default_rng(0).choice(len(z), sum(points), replace=False)
     fit, test = rows[:points[0]], rows[points[0]:]
     return dci(z[fit], y[fit], z[test], y[test])
@@ -213,7 +212,7 @@ def nearest_factors(ds, images, wanted):
 
 
 def swap_accuracy(
-    ds: Dataset, encode: Callable, decode: Callable, importance: Array | None, pairs: int = 64
+    ds: Dataset, encode: Callable, decode: Callable, importance: Array, pairs: int = 64
 ) -> dict:
     """If all tokens of one factor come from another image, does just that factor change? (Ours.)
 
@@ -221,11 +220,9 @@ def swap_accuracy(
     pairs: number of them per factor. Returns three shares of the pairs under each factor's name:
     exact (the nearest image is the wanted one), moved (it has the wanted value of this factor),
     kept (it has those of all others). Also the mean and the worst of exact, and reconstruction:
-    exact when nothing is swapped. InputError without importance.
+    exact when nothing is swapped.
     """
     sizes = np.array(ds.factor_sizes)
-    if importance is None:
-        raise InputError("swaps need DCI's importance")
     groups = token_groups(importance)
     rng = np.random.default_rng(0)
     sources = rng.integers(sizes, size=(pairs, len(sizes)))  # factors, (pairs, K)
@@ -296,8 +293,6 @@ class Run:
             network.to(self.device).eval().requires_grad_(False)
         self.diffusion = Diffusion(cfg.schedule).to(self.device)
         kept = kept_scores(self.out) or ({} if other else kept_scores(folder))
-        if kept.get("step") != self.step:  # of an earlier checkpoint
-            kept = {}
         self.importance = kept.get("scores", {}).get("importance")  # DCI's, (N, K), or None
 
     def encode(self, images):
@@ -332,7 +327,7 @@ class Run:
 def compute_codes(encoder, ds, index):
     """One number per token, (n, N): its scalar, else its first principal component."""
     device = next(encoder.parameters()).device
-    scalar = isinstance(getattr(encoder, "head", None), ScalarTokens)  # yours may have none
+    scalar = hasattr(getattr(encoder, "head", None), "scalars")  # yours may have no head
     network = encoder.scalars if scalar else encoder
     codes = []
     for start in tqdm(range(0, len(index), 500), "codes", leave=False):
@@ -484,14 +479,12 @@ FIGURES = {  # and the configuration each needs
 
 
 def draw(run, names):
-    """Draws these figures into run.out, or all that this run can have. InputError."""
-    for name in names or FIGURES:
+    """Draws into run.out those of these figures that the run can have."""
+    for name in names:
         figure, needs = FIGURES[name]
         if needs.items() <= vars(run.cfg).items():
             figure(run).save(run.out / f"{name}.png")
             print(f"drew {run.out / name}.png", file=sys.stderr)
-        elif names:
-            raise InputError(f"{name} needs a run with {needs}")
 
 
 # ---- the command ----
@@ -559,8 +552,9 @@ def score_run(run, n, argv):
         y = run.ds.factors(index).numpy()
         for name, metric in OF_FACTORS.items():
             add_scores(result, name, metric, z, y)
-        run.importance = result["scores"].get("importance")
-        add_scores(result, "swap", swap_accuracy, run.ds, run.encode, run.decode, run.importance)
+        run.importance = R = result["scores"].get("importance")
+        if R is not None:
+            add_scores(result, "swap", swap_accuracy, run.ds, run.encode, run.decode, R)
     elif run.ds.attributes is not None:
         y = run.ds.attributes[index]
         add_scores(result, "tad", tad, z, y)
@@ -625,7 +619,7 @@ def parse(argv):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders")
     add("--codes", metavar="FILE", help="an .npz of z (n, N) and y (n, K) to score instead")
-    add("--figures", nargs="*", choices=FIGURES, help="only draw these, or all")
+    add("--figures", action="store_true", help="only draw: all that the run can have")
     add("--images", type=int, default=50000, help="how many are scored; 0: all [50000]")
     add("--ddim-steps", type=int, default=DDIM_STEPS, help="of sampling, 10 to 1000 [50]")
     add("--data", default="", help="where the data is now; other data: with --out")
@@ -634,7 +628,7 @@ def parse(argv):
     add("--device", default="", help="cpu, cuda, mps or auto [the run's]")
     args = parser.parse_args(argv)
     args.out = os.path.expanduser(args.out)
-    if bool(args.runs) == bool(args.codes) or (args.codes and args.figures is not None):
+    if bool(args.runs) == bool(args.codes) or (args.codes and args.figures):
         raise InputError("name runs, or --codes FILE without --figures")
     if len(args.runs) > 1 and (args.out or args.data or args.cache):
         raise InputError("--out, --data and --cache are for one run alone")
@@ -643,9 +637,8 @@ def parse(argv):
     return args
 
 
-def main(argv: list | None = None) -> list:
+def main(argv: list[str]) -> list:
     """Scores runs or codes, or draws figures. Returns the results. InputError."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     several = len(args.runs) > 1
     results = []
@@ -656,12 +649,12 @@ def main(argv: list | None = None) -> list:
             train.write_json(Path(args.out) / "scores.json", results[0])
     for folder in args.runs:
         try:
-            result = kept_scores(folder) if several and args.figures is None else {}
+            result = kept_scores(folder) if several and not args.figures else {}
             if not result:
                 run = Run(folder, args.data, args.out, args.device, args.cache)
                 run.ddim_steps = args.ddim_steps
-                if args.figures is not None:
-                    draw(run, args.figures)
+                if args.figures:
+                    draw(run, FIGURES)
                     continue
                 result = score_run(run, args.images, argv)
             name_setting(result)  # an InputError here leaves it out
@@ -732,7 +725,7 @@ def boost(bags, bins, y, C, rounds):
     """Gradient-boosted trees (Friedman 2001, algorithm 6), one per class and round: scikit-learn's.
 
     bins: (n + n_test, N); y: classes (n,). Returns importance (N,) and predicted classes of all
-    points, (n + n_test,). Two classes share one tree: C is 1 in the shapes then.
+    points, (n + n_test,).
     """
     max_depth, learning_rate = 3, 0.1
     n = len(y)
@@ -740,12 +733,10 @@ def boost(bags, bins, y, C, rounds):
     target = F.one_hot(y, C).float()
     start = target.mean(0).clamp(min=1e-12).log()  # (C,): log prior
     shrink = (C - 1) / C
-    if C == 2:  # log odds of class 1
-        start, target, shrink = start[1:] - start[:1], target[:, 1:], 1.0
     scores = start.repeat(len(bins), 1)  # (n + n_test, C)
     importance = torch.zeros(bins.shape[1])
     for _ in range(rounds):
-        p = scores[:n].softmax(1) if C > 2 else scores[:n].sigmoid()
+        p = scores[:n].softmax(1)
         residual = target - p  # minus the gradient of the loss
         node = torch.zeros_like(scores, dtype=torch.int64)
         for depth in range(max_depth):
@@ -754,19 +745,19 @@ def boost(bags, bins, y, C, rounds):
             importance.index_add_(0, code.flatten(), decrease.flatten() / n)
             value = bins.gather(1, code.gather(0, node))  # of the node's code
             node = 2 * node + (value > place.gather(0, node))  # left 2m, right 2m + 1
-        zeros = torch.zeros(2**max_depth, residual.shape[1])
+        zeros = torch.zeros(2**max_depth, C)
         numerator = zeros.scatter_add(0, node[:n], residual)
         denominator = zeros.scatter_add(0, node[:n], p * (1 - p))
         newton = shrink * numerator / denominator.clamp(1e-12)
         newton = newton.clamp(-100, 100)  # DEVIATION: else they may diverge for 183 classes
         scores += learning_rate * newton.gather(0, node)  # a Newton step in each leaf
-    return importance.numpy(), scores.argmax(1) if C > 2 else (scores[:, 0] > 0).long()
+    return importance.numpy(), scores.argmax(1)
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
-        main()
+        main(sys.argv[1:])
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

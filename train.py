@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import inspect
 import json
 import math
@@ -133,9 +132,7 @@ def parse(argv):
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
-        default = field.default
-        if field.type is tuple:
-            default = ",".join(map(str, default))
+        default = str(field.default).strip("()").replace(" ", "")  # (1, 2) as 1,2
         text = f"{comments[field.name]} [{default}]"
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -194,45 +191,46 @@ def numbers(kind):
     return numbers
 
 
-BELOW_1 = ("betas", "vae_betas", "ema")
 MAY_BE_ZERO = ("betas", "vae_betas", "seed", "attention_levels", "warmup", "clip", "cuda_graphs")
 
 
-def in_range(name, value):
-    """Whether a field of Config can have this value: a text, a number or several."""
-    top = 1 if name in BELOW_1 else 2**32
-    for number in value if isinstance(value, tuple) else (value,):
-        allowed = isinstance(number, str) or (number == 0 and name in MAY_BE_ZERO)
-        if not allowed and not 0 < number < top:
-            return False
-    return True
-
-
-def check(cfg):
-    """InputError when a number is out of its range or sizes do not fit together."""
+def check(cfg, device):
+    """InputError: a number out of range, sizes that do not fit, what the device cannot do."""
     for name, value in vars(cfg).items():
-        if not in_range(name, value):
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
-    if not len(cfg.betas) == len(cfg.vae_betas) == 2:
-        raise InputError("--betas and --vae-betas are two numbers each, as in 0.9,0.99")
-    if set(cfg.encoder_strides) - {2, 4} or math.prod(cfg.encoder_strides) > 64:
-        raise InputError("--encoder-strides are 2 or 4 each, their product 64 at most")
-    for width, parts in (
-        ("vae_channels", "vae_groups"),
-        ("channels", "groups"),
-        ("channels", "heads"),
-    ):
-        if getattr(cfg, width) % getattr(cfg, parts):
-            raise InputError(f"--{width} must be a multiple of --{parts}".replace("_", "-"))
-    if cfg.channels % 2:
-        raise InputError("--channels must be even")
+        for number in value if isinstance(value, tuple) else (value,):
+            allowed = isinstance(number, str) or (number == 0 and name in MAY_BE_ZERO)
+            if not allowed and not 0 < number < 2**32:
+                raise InputError(f"--{name} {value} is out of range".replace("_", "-"))
+    processes = ranks()[1]
+    batches = cfg.batch_size, cfg.vae_batch_size
     halvings = len(cfg.vae_multipliers) + len(cfg.multipliers) - 2
-    if 64 % (cfg.vae_patch * 2**halvings):
-        raise InputError(f"64 pixels cannot be cut into --vae-patch {cfg.vae_patch} and halved "
-                         f"{halvings} times, between the levels of --vae-multipliers and of "
-                         "--multipliers")
-    if cfg.conditioning == "adagn" and cfg.objective == "reconstruct":
-        raise InputError("--objective reconstruct has no --conditioning adagn")
+    stride = math.prod(cfg.encoder_strides)
+    mistakes = {
+        "--betas and --vae-betas are two numbers below 1 each, as in 0.9,0.99":
+            not len(cfg.betas) == len(cfg.vae_betas) == 2 or max(cfg.betas + cfg.vae_betas) >= 1,
+        "--encoder-strides are 2 or 4 each, their product 64 at most":
+            set(cfg.encoder_strides) - {2, 4} or stride > 64,
+        "--vae-channels must be a multiple of --vae-groups": cfg.vae_channels % cfg.vae_groups,
+        "--channels must be a multiple of --groups": cfg.channels % cfg.groups,
+        "--channels must be a multiple of --heads": cfg.channels % cfg.heads,
+        "--channels must be even": cfg.channels % 2,
+        f"64 pixels cannot be cut into --vae-patch {cfg.vae_patch} and halved {halvings} times, "
+        "between the levels of --vae-multipliers and of --multipliers":
+            64 % (cfg.vae_patch * 2**halvings),
+        "--objective reconstruct has no --conditioning adagn":
+            cfg.objective == "reconstruct" and cfg.conditioning == "adagn",
+        f"{processes} processes cannot share batches of {batches} evenly":
+            batches[0] % processes or batches[1] % processes,
+        "batch norm needs two images per process, or smaller --encoder-strides":
+            cfg.batch_size == processes and stride == 64,
+        "CUDA graphs need one GPU: give --no-cuda-graphs":
+            cfg.cuda_graphs and (device.type != "cuda" or processes > 1),
+        f"this torch has no bfloat16 on {device.type}: use --precision float32":
+            cfg.precision == "bfloat16" and not torch.amp.is_autocast_available(device.type),
+    }
+    for sentence, made in mistakes.items():
+        if made:
+            raise InputError(sentence)
 
 
 # ---- networks ----
@@ -650,18 +648,12 @@ def check_resumed(folder, cfg, run, ds):
             raise InputError(f"{folder} has had {step} steps: give no fewer --steps")
 
 
-def prepare(cfg, resume, facts):
-    """Fills a new run folder or checks the one to go on with. InputError.
-
-    Returns the data and the log, to be kept open.
-    """
+def prepare(cfg, resume, ds, facts):
+    """Fills a new run folder or checks the one to go on with; returns its log. InputError."""
     folder = Path(cfg.out)
-    ds = open_dataset(cfg.data, cfg.cache)
     copied = cfg.vae and not (folder / "vae.pt").exists()
-    if copied:
-        first = load_checkpoint(Path(cfg.vae) / "vae.pt")
-        if first["step"] < first["config"]["vae_steps"]:
-            raise InputError(f"{cfg.vae} has not finished its first stage: --resume it first")
+    if copied and load_checkpoint(Path(cfg.vae) / "vae.pt")["step"] < cfg.vae_steps:
+        raise InputError(f"{cfg.vae} has not finished its first stage: --resume it first")
     run = {"machine": facts}  # where it was started
     if resume:
         run = read_run(folder)
@@ -674,44 +666,25 @@ def prepare(cfg, resume, facts):
     run["data"] = dict(name=ds.name, images=len(ds), checksum=ds.checksum())
     write_json(folder / "run.json", run)
     print(f"{folder}: {ds.name}, preset {cfg.preset}")
-    return ds, log
+    return log
 
 
-def check_device(cfg, device):
-    """InputError when device or processes cannot do what is asked for."""
-    processes = ranks()[1]
-    if cfg.batch_size % processes or cfg.vae_batch_size % processes:
-        raise InputError(f"{processes} processes cannot share batches of {cfg.batch_size} and "
-                         f"{cfg.vae_batch_size} evenly")
-    if cfg.batch_size == processes and math.prod(cfg.encoder_strides) == 64:
-        raise InputError("batch norm needs two images per process, or smaller --encoder-strides")
-    if cfg.cuda_graphs and (device.type != "cuda" or processes > 1):
-        raise InputError("CUDA graphs need one GPU: give --no-cuda-graphs")
-    if cfg.precision == "bfloat16" and not torch.amp.is_autocast_available(device.type):
-        raise InputError(f"this torch has no bfloat16 on {device.type}: use --precision float32")
-
-
-def main(argv: list[str] | None = None, score: Callable | None = None) -> str:
+def main(argv: list[str], score: Callable | None = None) -> str:
     """Trains a run and returns its folder. score: see train_tokens. InputError."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg, resume = parse(argv)
-    check(cfg)
     device = choose_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # torchrun started this process
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        hours = datetime.timedelta(hours=3)  # the others wait while the first unpacks
-        dist.init_process_group(backend, timeout=hours)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, processes = ranks()
-    check_device(cfg, device)
+    check(cfg, device)
+    ds = open_dataset(cfg.data, cfg.cache)
     log = None
     if rank == 0:
-        ds, log = prepare(cfg, resume, machine(device, "train.py", argv))
+        log = prepare(cfg, resume, ds, machine(device, "train.py", argv))
     if processes > 1:
         dist.barrier()
-    if rank > 0:
-        ds = open_dataset(cfg.data, cfg.cache)
     allow_tf32(False)  # the codebook's nearest vectors need all bits
     vae = train_vae(cfg, ds, device)
     allow_tf32(True)
@@ -727,7 +700,7 @@ if __name__ == "__main__":
     import evaluate
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
-        folder = main(score=evaluate.score_on_the_way)
+        folder = main(sys.argv[1:], evaluate.score_on_the_way)
         if os.environ.get("RANK", "0") == "0":
             evaluate.main([folder])
     except (InputError, OSError) as error:

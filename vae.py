@@ -166,10 +166,7 @@ class Autoencoder(nn.Module):
     # ---- training ----
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to minimise, and of it the L1 reconstruction error alone: two scalars.
-
-        images: (B, 3, 64, 64) in [-1, 1]. Both are batch means.
-        """
+        """The loss of images (B, 3, 64, 64), and of it the L1 error alone: two batch means."""
         if self.kind == "kl":
             latent, latent_loss = self.sample_gaussian(images)
         else:

@@ -230,5 +230,5 @@ def test_dci_is_not_defined_for_one_code_or_one_factor():
     for z, y in ((Z[:, :1], Y), (Z, Y[:, :1])):
         with pytest.raises(InputError, match="DCI needs 2 codes and 2 factors"):
             dci(z, y, z, y)
-    with pytest.raises(InputError, match="DCI needs 15000 points, 50 are there"):
+    with pytest.raises(InputError, match="need 15000 points, 50 are there"):
         evaluate.dci_scores(Z, Y)

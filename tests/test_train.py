@@ -397,7 +397,7 @@ def test_checkpoints_that_cannot_be_used(run, tmp_path):
     ("--tokens 0", "--tokens"), ("--lr nan", "--lr"),
     ("--heads 3", "--channels must be a multiple of --heads"), ("--channels 33", "--groups"),
     ("--vae-patch 3", "--vae-patch 3"), ("--multipliers 1,2,2,2,2", "halved 5 times"),
-    ("--vae-betas 0.9", "--vae-betas"), ("--ema 1", "--ema"), ("--clip=-1", "--clip"),
+    ("--vae-betas 0.9", "--vae-betas"), ("--betas 0.9,1", "--betas"), ("--clip=-1", "--clip"),
     ("--encoder-strides 4,4,4,4", "--encoder-strides"),
     ("--device quantum", "quantum"), ("--seed 4294967296", "--seed"),
     ("--conditioning adagn --objective reconstruct", "adagn"), ("--device cuda:99", "cuda:99"),
