@@ -202,7 +202,6 @@ def check(cfg, device):
             if not allowed and not 0 < number < 2**32:
                 raise InputError(f"--{name} {value} is out of range".replace("_", "-"))
     processes = ranks()[1]
-    batches = cfg.batch_size, cfg.vae_batch_size
     halvings = len(cfg.vae_multipliers) + len(cfg.multipliers) - 2
     stride = math.prod(cfg.encoder_strides)
     mistakes = {
@@ -219,8 +218,8 @@ def check(cfg, device):
             64 % (cfg.vae_patch * 2**halvings),
         "--objective reconstruct has no --conditioning adagn":
             cfg.objective == "reconstruct" and cfg.conditioning == "adagn",
-        f"{processes} processes cannot share batches of {batches} evenly":
-            batches[0] % processes or batches[1] % processes,
+        f"{processes} processes cannot share batches of {cfg.batch_size} and {cfg.vae_batch_size} "
+        "evenly": cfg.batch_size % processes or cfg.vae_batch_size % processes,
         "batch norm needs two images per process, or smaller --encoder-strides":
             cfg.batch_size == processes and stride == 64,
         "CUDA graphs need one GPU: give --no-cuda-graphs":
