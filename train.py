@@ -85,7 +85,7 @@ class Config:
     heads: int = 2                  # U-Net: heads of every attention
     conditioning: str = "cross-attention"  # cross-attention, or adagn (an ablation)
     # diffusion
-    schedule: str = "linear"        # linear (in sqrt(beta)), sqrt_linear, sqrt or cosine
+    schedule: str = "cosine"        # cosine, linear (in sqrt(beta)), sqrt_linear or sqrt
     loss: str = "l1"                # l1 or l2, of the predicted noise (reconstruct: of x_0)
     objective: str = "diffusion"    # diffusion, or reconstruct (an ablation): x_0 from tokens
     # optimisation of token encoder and U-Net
@@ -110,7 +110,7 @@ PRESETS = {
         vae_steps=10000, vae_batch_size=256, vae_lr=1.15e-3, vae_betas=(0.5, 0.9),
         encoder_width=128, encoder_strides=(2, 2, 2, 2),
         channels=64, multipliers=(1, 2, 4, 4), attention_levels=3, heads=8,
-        res_blocks=2, groups=32,
+        res_blocks=2, groups=32, schedule="linear",
         steps=37500, batch_size=128, lr=2.56e-4, betas=(0.9, 0.999), warmup=10000,
         decay="none", clip=0.0, ema=0.9999,
     ),
