@@ -102,7 +102,7 @@ class Config:
 # DEVIATION: the sizes and constants of tiny and small were chosen by trials on two CPU cores. Of
 # paper, vae_steps and train_vae's warm-up are ours, steps is a rerun's, the rest is the authors'.
 PRESETS = {
-    "tiny": dict(vae_steps=1200, steps=1800),
+    "tiny": dict(vae_steps=1200, steps=1800, schedule="linear"),
     "small": dict(),
     "paper": dict(
         first_stage="vq", vae_channels=32, vae_multipliers=(1, 2, 4), vae_res_blocks=2,
