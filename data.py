@@ -42,7 +42,7 @@ UNREADABLE = (  # what Pillow, h5py, numpy and torch raise for missing or damage
 # ---- 1. The interface ----
 
 class InputError(Exception):
-    """A user's mistake, in one sentence. A docstring that ends with its name: it is raised."""
+    """A user's mistake, in one sentence. Docstrings that end with its name: it may be raised."""
 
 
 @contextlib.contextmanager
@@ -151,9 +151,9 @@ class CachedDataset(Dataset):
 
     def pixels(self, index):
         pixels = np.asarray(self.stored)[index]  # (B, 64, 64, 3) or (B, 64, 64)
-        if self.name == "dSprites":  # 0 and 1
-            pixels = 255 * np.minimum(pixels, 1)
         if pixels.ndim == 3:  # grey
+            if self.name == "dSprites":  # 0 and 1
+                pixels = 255 * np.minimum(pixels, 1)
             pixels = np.stack([pixels] * 3, axis=-1)
         return pixels  # (B, 64, 64, 3)
 
@@ -168,7 +168,8 @@ def unpack(file, shape, blocks):
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     bar = tqdm(desc=f"unpacking {file.name}", total=math.prod(shape), unit="B", unit_scale=True)
     try:
-        with bar, open(partial, "r+b", opener=open_or_create) as output:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)  # in one call, not emptied
+        with bar, open(descriptor, "wb") as output:
             np.lib.format.write_array_header_1_0(output, header)
             for block in blocks:
                 bar.update(output.write(block))
@@ -177,11 +178,6 @@ def unpack(file, shape, blocks):
     except (InputError, *UNREADABLE):
         partial.unlink(missing_ok=True)
         raise
-
-
-def open_or_create(path, flags):
-    """For `open`: in one call, so that no other process renames the file in between."""
-    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 SHAPES3D = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
@@ -260,7 +256,7 @@ def open_folder(path, cache):
     """
     files = []
     for file in sorted(path.rglob("*"), key=str):
-        hidden = "/." in f"/{file.relative_to(path).as_posix()}"
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if file.suffix.lower() in SUFFIXES and not hidden:
             files.append(file)
     lists = [*path.glob(ATTRIBUTE_LIST), *path.parent.glob(ATTRIBUTE_LIST)]

@@ -536,7 +536,8 @@ def score_file(path):
 def score_run(run, n, argv):
     """Scores n images (0: all). Writes codes.npz, two figures and scores.json, which it returns."""
     index = np.sort(run.rows(n or len(run.ds)))
-    z, y = compute_codes(run.encoder, run.ds, index), np.empty((len(index), 0))
+    z = compute_codes(run.encoder, run.ds, index)
+    y = np.empty((len(index), 0))  # neither factors nor attributes
     for place in ("data", "cache", "out", "vae"):  # of this machine
         del run.info["config"][place]
     result = dict(
@@ -570,7 +571,7 @@ def name_setting(result):
     """The data, and what differs from the preset. InputError: a run of another version."""
     data = result["data"]
     name = data["name"]
-    if data.get("checksum", name) != name:  # the world's is its name, arrays have none
+    if data.get("checksum") not in (None, name):  # arrays have none, the world's is its name
         name += f" ({data['checksum']})"
     if "run" in result:
         cfg = vars(train.config_of(result["run"])) | {"steps": result["step"]}  # done, not wanted
@@ -628,6 +629,7 @@ def parse(argv):
     add("--device", default="", help="cpu, cuda, mps or auto [the run's]")
     args = parser.parse_args(argv)
     args.out = os.path.expanduser(args.out)
+    args.cache = os.path.expanduser(args.cache)
     if bool(args.runs) == bool(args.codes) or (args.codes and args.figures):
         raise InputError("name runs, or --codes FILE without --figures")
     if len(args.runs) > 1 and (args.out or args.data or args.cache):

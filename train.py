@@ -141,14 +141,15 @@ def parse(argv):
         choices = CHOICES.get(field.name)
         parser.add_argument(flag, type=kind, choices=choices, metavar="", help=text)
     given = vars(parser.parse_args(argv))
-    for name in ("data", "cache", "out", "vae", "resume"):
-        if given.get(name):
-            given[name] = os.path.abspath(os.path.expanduser(given[name]))
+    for name in given.keys() & {"data", "cache", "out", "vae", "resume"}:
+        if not given[name]:  # a shell's empty variable
+            raise InputError(f"--{name} is empty: give a path or leave the flag out")
+        given[name] = os.path.abspath(os.path.expanduser(given[name]))
 
-    folder = given.pop("resume", None)
-    if folder:
+    if "resume" in given:
+        folder = given.pop("resume")
         return resumed(folder, given), True
-    if given.get("vae"):
+    if "vae" in given:
         given |= first_stage_of(given["vae"], given)
     cfg = Config(**PRESETS[given.get("preset", "small")] | given)
     if not cfg.out:
@@ -191,14 +192,14 @@ def numbers(kind):
     return numbers
 
 
-MAY_BE_ZERO = ("betas", "vae_betas", "seed", "attention_levels", "warmup", "clip", "cuda_graphs")
+MAY_BE_ZERO = ("betas", "vae_betas", "seed", "attention_levels", "warmup", "clip")
 
 
 def check(cfg, device):
     """InputError: a number out of range, sizes that do not fit, what the device cannot do."""
     for name, value in vars(cfg).items():
         for number in value if isinstance(value, tuple) else (value,):
-            allowed = isinstance(number, str) or (number == 0 and name in MAY_BE_ZERO)
+            allowed = isinstance(number, (str, bool)) or (number == 0 and name in MAY_BE_ZERO)
             if not allowed and not 0 < number < 2**32:
                 raise InputError(f"--{name} {value} is out of range".replace("_", "-"))
     processes = ranks()[1]
@@ -206,7 +207,7 @@ def check(cfg, device):
     stride = math.prod(cfg.encoder_strides)
     mistakes = {
         "--betas and --vae-betas are two numbers below 1 each, as in 0.9,0.99":
-            not len(cfg.betas) == len(cfg.vae_betas) == 2 or max(cfg.betas + cfg.vae_betas) >= 1,
+            (len(cfg.betas), len(cfg.vae_betas)) != (2, 2) or max(cfg.betas + cfg.vae_betas) >= 1,
         "--encoder-strides are 2 or 4 each, their product 64 at most":
             set(cfg.encoder_strides) - {2, 4} or stride > 64,
         "--vae-channels must be a multiple of --vae-groups": cfg.vae_channels % cfg.vae_groups,
@@ -312,7 +313,7 @@ def train_vae(cfg: Config, ds: Dataset, device: torch.device) -> Autoencoder:
         lr = learning_rate(step, cfg.vae_steps, cfg.vae_lr, warmup=100, decay=cfg.decay)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        if step + 1 == cfg.vae_steps:  # here, so that the last checkpoint has it
+        if step + 1 == cfg.vae_steps:  # before the last checkpoint, which must hold it
             # DEVIATION: from 1,024 images; the authors' from the diffusion's first batch
             vae.set_scale(draw_images(1024))
             if processes > 1:
@@ -618,19 +619,19 @@ def machine(device, script, argv):
 # ---- the run ----
 
 def claim(folder, resume):
-    """Makes the run folder; returns its log, locked as long as it is open. InputError."""
+    """Makes the run folder; returns its log, locked while it is open. InputError."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {file.name for file in folder.iterdir()}
     if not resume and files - {"log.jsonl"}:  # a run killed at once leaves it, empty
         raise InputError(f"{folder} has files already: go on with --resume {folder}, or choose "
                          "another --out")
-    log = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
+    lock = open(folder / "log.jsonl", "a")  # noqa: SIM115 (main closes it)
     if fcntl:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder} is in use: another process is training there") from None
-    return log
+    return lock
 
 
 def check_resumed(folder, cfg, run, ds):
@@ -648,7 +649,7 @@ def check_resumed(folder, cfg, run, ds):
 
 
 def prepare(cfg, resume, ds, facts):
-    """Fills a new run folder or checks the one to go on with; returns its log. InputError."""
+    """Fills a new run folder or checks the one to go on with; returns its lock. InputError."""
     folder = Path(cfg.out)
     copied = cfg.vae and not (folder / "vae.pt").exists()
     if copied and load_checkpoint(Path(cfg.vae) / "vae.pt")["step"] < cfg.vae_steps:
@@ -657,7 +658,7 @@ def prepare(cfg, resume, ds, facts):
     if resume:
         run = read_run(folder)
         check_resumed(folder, cfg, run, ds)
-    log = claim(folder, resume)
+    lock = claim(folder, resume)
     (folder / "scores.json").unlink(missing_ok=True)  # of an earlier checkpoint
     if copied:
         shutil.copy(Path(cfg.vae) / "vae.pt", folder)
@@ -665,7 +666,7 @@ def prepare(cfg, resume, ds, facts):
     run["data"] = dict(name=ds.name, images=len(ds), checksum=ds.checksum())
     write_json(folder / "run.json", run)
     print(f"{folder}: {ds.name}, preset {cfg.preset}")
-    return log
+    return lock
 
 
 def main(argv: list[str], score: Callable | None = None) -> str:
@@ -679,9 +680,9 @@ def main(argv: list[str], score: Callable | None = None) -> str:
     rank, processes = ranks()
     check(cfg, device)
     ds = open_dataset(cfg.data, cfg.cache)
-    log = None
+    lock = None
     if rank == 0:
-        log = prepare(cfg, resume, ds, machine(device, "train.py", argv))
+        lock = prepare(cfg, resume, ds, machine(device, "train.py", argv))
     if processes > 1:
         dist.barrier()
     allow_tf32(False)  # the codebook's nearest vectors need all bits
@@ -690,8 +691,8 @@ def main(argv: list[str], score: Callable | None = None) -> str:
     train_tokens(cfg, ds, vae, device, score if rank == 0 else None)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if log:
-        log.close()
+    if lock:
+        lock.close()
     return cfg.out
 
 

@@ -26,6 +26,9 @@ def export(run, out):
         for name in names:
             weights = contents[name]
             kept[name] = {k: w.half() if w.is_floating_point() else w for k, w in weights.items()}
+        if file == "vae.pt":  # for train.py --vae, which takes no step with it
+            groups = contents["optimizer"]["param_groups"]
+            kept["optimizer"] = {"state": {}, "param_groups": groups}
         torch.save(kept, out / file)
     facts = train.read_run(run)
     facts["config"].update(FOLDERS)

@@ -215,6 +215,10 @@ def test_dark_images_stay_dark(tmp_path):
     images[120] = 200
     save(tmp_path / "dark.npz", images=images, labels=grid((150,)))
     assert np.array_equal(everything(open_dataset(tmp_path / "dark.npz")), images)
+    photos = tmp_path / "dSprites"
+    photos.mkdir()
+    Image.fromarray(images[120]).save(photos / "0.png")
+    assert np.array_equal(everything(open_dataset(photos)), images[120:121])
 
 
 # ---- folders of images ---------------------------------------------------------------------------

@@ -196,8 +196,9 @@ def test_the_unpacked_data_may_lie_elsewhere(make_run, tmp_path, monkeypatch):
     evaluate.main([folder, "--cache", str(cache), "--figures"])
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setenv("HOME", str(tmp_path))
-    evaluate.main([folder, "--out=~/home", "--figures"])
+    evaluate.main([folder, "--out=~/home", "--cache=~/cache", "--figures"])
     assert (tmp_path / "home" / "attention.png").exists()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"scores": '])

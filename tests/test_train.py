@@ -230,6 +230,16 @@ def test_the_first_stage_of_another_run(run, npz, tmp_path):
     assert read_run(second)["config"]["vae_channels"] == 8
 
 
+def test_the_first_stage_of_the_run_that_comes_with_the_repository(run):
+    world = ROOT / ".github" / "pretrained" / "world"
+    folder = run("run", f"--vae {world}")
+    trained, exported = (load_checkpoint(Path(path) / "vae.pt")["vae"] for path in (folder, world))
+    assert same(trained, exported)
+    (Path(folder) / "model.pt").unlink()
+    train.main(["--resume", folder])  # from the first stage on
+    assert read_run(folder)["config"]["vae_steps"] == 4000
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 def test_nothing_is_overwritten(run, tmp_path):
@@ -407,6 +417,14 @@ def test_impossible_values_write_nothing(tmp_path, flags, word):
     with pytest.raises(InputError, match=word):
         train.main([*SMALL, *flags.split(), "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "cache", "out", "vae", "resume"])
+def test_an_empty_variable_of_the_shell_starts_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--{name} is empty"):
+        train.main([*SMALL, f"--{name}="])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [
