@@ -288,6 +288,7 @@ class Run:
         parts = dict(encoder=self.encoder, ema=self.unet)
         second = train.load_checkpoint(Path(folder) / "model.pt", **parts)
         self.step = second["step"]
+        self.exported = "unet" not in second  # only its average
         self.info["seconds"] = {"vae": first["seconds"], "tokens": second["seconds"]}
         for network in (self.vae, self.encoder, self.unet):
             network.to(self.device).eval().requires_grad_(False)
@@ -658,6 +659,8 @@ def main(argv: list[str]) -> list:
                 if args.figures:
                     draw(run, FIGURES)
                     continue
+                if run.exported and not args.out and (run.out / "scores.json").exists():
+                    raise InputError(f"{folder} was exported with its scores: add --out FOLDER")
                 result = score_run(run, args.images, argv)
             name_setting(result)  # an InputError here leaves it out
             results.append(result)

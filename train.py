@@ -48,7 +48,7 @@ from vae import FIRST_STAGES, Autoencoder
 @dataclasses.dataclass
 class Config:
     """Defaults: preset small. The authors' values: PRESETS["paper"], below. Each is a flag."""
-    preset: str = "small"           # tiny, small (whose values --help shows) or paper: all others
+    preset: str = "small"           # sets all others: tiny, small (shown here) or paper
     # the run
     data: str = ""                  # data file or folder of images; empty: the built-in world
     cache: str = ""                 # folder for unpacked data; empty: beside it
@@ -707,4 +707,4 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped: --resume with the run folder goes on from its last checkpoint")
+        sys.exit("stopped: --resume with the run folder goes on from its last checkpoint, if any")

@@ -1,5 +1,6 @@
 """Makes the trained run that comes with the repository from a run folder. By hand:
 
+    rm -r .github/pretrained/world
     python tests/export_run.py RUN .github/pretrained/world
     python evaluate.py .github/pretrained/world
 

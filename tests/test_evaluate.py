@@ -201,6 +201,19 @@ def test_the_unpacked_data_may_lie_elsewhere(make_run, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_the_scores_of_an_exported_run_stay(make_run, tmp_path):
+    folder = Path(make_run())
+    contents = train.load_checkpoint(folder / "model.pt")
+    del contents["unet"]
+    torch.save(contents, folder / "model.pt")
+    evaluate.main([str(folder)])
+    before = (folder / "scores.json").read_bytes()
+    with pytest.raises(InputError, match="was exported with its scores: add --out FOLDER"):
+        evaluate.main([str(folder), "--images", "50"])
+    evaluate.main([str(folder), "--images", "50", f"--out={tmp_path / 'other'}"])
+    assert (folder / "scores.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"scores": '])
 def test_a_damaged_scores_file_does_not_stop_a_table(make_run, capsys, content):
     runs = [make_run("a"), make_run("b", seed=1)]
