@@ -168,8 +168,7 @@ def unpack(file, shape, blocks):
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     bar = tqdm(desc=f"unpacking {file.name}", total=math.prod(shape), unit="B", unit_scale=True)
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)  # in one call, not emptied
-        with bar, open(descriptor, "wb") as output:
+        with bar, open(partial, "r+b", opener=open_or_create) as output:
             np.lib.format.write_array_header_1_0(output, header)
             for block in blocks:
                 bar.update(output.write(block))
@@ -178,6 +177,11 @@ def unpack(file, shape, blocks):
     except (InputError, *UNREADABLE):
         partial.unlink(missing_ok=True)
         raise
+
+
+def open_or_create(path, flags):
+    """For `open`: in one call, so that no other process renames the file in between."""
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 SHAPES3D = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
